@@ -1,0 +1,7 @@
+"""Networks that predict what a `GaussianDiffusion` asks for: any callable ``(x, t, y)`` would do as well."""
+
+from perrin.networks.embeddings import timestep_embedding
+from perrin.networks.mlp import MLP
+from perrin.networks.unet import UNet
+
+__all__ = ["MLP", "UNet", "timestep_embedding"]
