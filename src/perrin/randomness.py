@@ -11,7 +11,10 @@ from torch import Tensor
 
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed for ``key``; nearby keys give unrelated seeds."""
-    digest = blake2b(repr(key).encode(), digest_size=8).digest()
+    plain = tuple(
+        part if isinstance(part, str) else int(part) for part in key
+    )  # NumPy's ints print otherwise
+    digest = blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

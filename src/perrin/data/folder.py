@@ -13,8 +13,8 @@ from numpy.lib.format import open_memmap
 
 from perrin.data.dataset import Dataset, Facts
 from perrin.data.decode import SUFFIXES, Picture, decode
-from perrin.data.files import written_aside
 from perrin.errors import DataError
+from perrin.files import written_aside
 
 CACHE_ABOVE_BYTES = 2**27
 """Decoded size from which a folder is kept as a memory-mapped file: a few seconds of decoding."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from perrin.data.files import written_aside
 from perrin.errors import ArgumentError, ShapeError
+from perrin.files import written_aside
 
 _GAP = 2  # pixels around each tile of a grid
 _SMALLEST_TILE = 32  # pixels of a tile's shorter side, so that 8x8 digits can be read

@@ -1,0 +1,123 @@
+"""The forward process: Gaussian noising, its posteriors, and what follows from x_t = alpha x_0 + sigma eps.
+
+The formulas are those of DDPM (arXiv:2006.11239); t is 0-based, the paper's t is ours + 1. Every method takes t
+as a (B,) integer tensor, or as one int for the whole batch, which costs no lookup on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from perrin.errors import ShapeError
+from perrin.gaussian import normal_kl
+from perrin.noise import Level, level_between
+from perrin.schedules import tables
+from perrin.tensors import Coefficient, Tables, cast, mean_flat, mix
+
+Step = int | Tensor
+
+
+class ForwardProcess(Tables):
+    """A chain of T noising steps; every table is a float64 attribute (T,) under its usual name.
+
+    ``betas`` (T,) in (0, 1), the last one at most 1; raises `ArgumentError` otherwise.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+
+    def __init__(self, betas: object) -> None:
+        super().__init__(tables(betas))
+        self.num_timesteps = len(self.betas)
+
+    def q_mean_variance(self, x_start: Tensor, t: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0), each shaped like ``x_start`` (DDPM eq. 4)."""
+        sigma = self.at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
+        mean = x_start * cast(self.at("sqrt_alphas_cumprod", t, x_start), x_start)
+        return mean, filled(sigma**2, x_start), filled(log_variance, x_start)
+
+    def q_sample(self, x_start: Tensor, t: Step, noise: Tensor | None = None) -> Tensor:
+        """A draw of x_t from q(x_t | x_0), shaped like ``x_start``; ``noise`` is standard normal (DDPM eq. 4)."""
+        noise = noise_like(x_start, noise)
+        alpha, sigma = self.level(t, x_start)
+        return mix(alpha, x_start, sigma, noise)
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Step
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), shaped like x (DDPM eq. 6, 7)."""
+        variance = self.at("posterior_variance", t, x_t)
+        log_variance = self.at("posterior_log_variance_clipped", t, x_t)
+        return self.posterior_mean(x_start, x_t, t), filled(variance, x_t), filled(log_variance, x_t)
+
+    def level(self, t: Step | float, like: Tensor) -> tuple[Coefficient, Coefficient]:
+        """(alpha, sigma) of x_t = alpha x_0 + sigma eps; a fractional t lies between in log-SNR."""
+        if isinstance(t, float):
+            before = int(t)
+            first, second = (self._whole_level(whole) for whole in (before, before + 1))
+            return level_between(first, second, t - before)
+        return self.at("sqrt_alphas_cumprod", t, like), self.at("sqrt_one_minus_alphas_cumprod", t, like)
+
+    def _whole_level(self, t: int) -> Level:
+        return Level(self.floats["sqrt_alphas_cumprod"][t], self.floats["sqrt_one_minus_alphas_cumprod"][t])
+
+    def posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Step) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        coef1, coef2 = self.at("posterior_mean_coef1", t, x_t), self.at("posterior_mean_coef2", t, x_t)
+        return mix(coef1, x_start, coef2, x_t)
+
+    def predict_xstart_from_eps(self, x_t: Tensor, t: Step | float, eps: Tensor) -> Tensor:
+        """x_0 from x_t = alpha x_0 + sigma eps."""
+        alpha, sigma = self.level(t, x_t)
+        return mix(1 / alpha, x_t, -sigma / alpha, eps)
+
+    def predict_eps_from_xstart(self, x_t: Tensor, t: Step | float, pred_xstart: Tensor) -> Tensor:
+        """eps from x_t = alpha x_0 + sigma eps."""
+        alpha, sigma = self.level(t, x_t)
+        return mix(1 / sigma, x_t, -alpha / sigma, pred_xstart)
+
+    def predict_xstart_from_xprev(self, x_t: Tensor, t: Step, xprev: Tensor) -> Tensor:
+        """x_0 whose posterior mean of x_{t-1} is ``xprev`` (DDPM eq. 7)."""
+        coef1, coef2 = self.at("posterior_mean_coef1", t, x_t), self.at("posterior_mean_coef2", t, x_t)
+        return mix(1 / coef1, xprev, -coef2 / coef1, x_t)
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, I)) (B,) in bits per dimension: the bound's term that no network enters."""
+        mean, _, _ = self.q_mean_variance(at_least_float32(x_start), self.num_timesteps - 1)
+        log_variance = self.floats["log_one_minus_alphas_cumprod"][-1]
+        return bits(mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)))
+
+
+def bits(nats: Tensor) -> Tensor:
+    """Nats as bits."""
+    return nats / math.log(2)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, in float32 if it is in half precision, where noising would lose the first timesteps."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def noise_like(x: Tensor, noise: Tensor | None) -> Tensor:
+    """``noise`` in the dtype of ``x``, or a standard normal draw shaped like ``x``."""
+    return torch.randn_like(x) if noise is None else with_shape(noise, x).to(x.dtype)
+
+
+def with_shape(noise: Tensor, x: Tensor) -> Tensor:
+    """``noise``, which must be shaped like ``x``; raises `ShapeError` if it is not."""
+    if noise.shape != x.shape:
+        raise ShapeError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
+    return noise
+
+
+def filled(value: Coefficient, like: Tensor) -> Tensor:
+    """``value`` in the shape and dtype of ``like``."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype).expand(like.shape)
+    return torch.full_like(like, value)

@@ -1,0 +1,76 @@
+"""What a network predicts: one pair (a_t, b_t) for each mean type, its output standing for a_t x_0 + b_t eps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from perrin.tensors import Coefficient
+
+
+class ModelMeanType(Enum):
+    """What the network's output (or the first half of it) is a prediction of."""
+
+    PREVIOUS_X = "previous-x"
+    START_X = "start-x"
+    EPSILON = "epsilon"
+    VELOCITY = "velocity"
+
+
+class Reverse(NamedTuple):
+    """The posterior q(x_s | x_t, x_0): its mean is ``coef1 x_0 + coef2 x_t`` (DDPM eq. 7), and alpha at s."""
+
+    coef1: Coefficient
+    coef2: Coefficient
+    alpha_s: Coefficient
+
+
+def output_pair(
+    mean_type: ModelMeanType, alpha: Coefficient, sigma: Coefficient, reverse: Reverse
+) -> tuple[Coefficient, Coefficient]:
+    """(a, b) where x_t = ``alpha`` x_0 + ``sigma`` eps: the network predicts ``a x_0 + b eps``."""
+    zero, one = 0.0 * alpha, 0.0 * alpha + 1.0
+    return {
+        ModelMeanType.EPSILON: (zero, one),
+        ModelMeanType.START_X: (one, zero),
+        ModelMeanType.VELOCITY: (-sigma, alpha),  # arXiv:2202.00512, appendix D
+        ModelMeanType.PREVIOUS_X: (reverse.alpha_s, reverse.coef2 * sigma),  # DDPM eq. 7
+    }[mean_type]
+
+
+class Reading(NamedTuple):
+    """How an output is read: ``x_0 = xstart_out out + xstart_x x_t`` and ``eps = eps_out out + eps_x x_t``."""
+
+    xstart_out: Coefficient
+    xstart_x: Coefficient
+    eps_out: Coefficient
+    eps_x: Coefficient
+
+
+def reading(a: Coefficient, b: Coefficient, alpha: Coefficient, sigma: Coefficient) -> Reading:
+    """x_0 and eps from the two equations ``out = a x_0 + b eps`` and ``x_t = alpha x_0 + sigma eps``."""
+    determinant = a * sigma - b * alpha
+    return Reading(sigma / determinant, -b / determinant, -alpha / determinant, a / determinant)
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """What a network says of x_t; unpacks as ``x_start, eps``.
+
+    ``x_t = alpha x_start + sigma eps`` holds, also where x_start was clipped. Only the ancestral step looks at
+    the rest: ``extra``, the variance half of the output; ``previous``, an output that is itself the mean of
+    x_{t-1}; ``gradient``, by which a classifier moves the mean, in units of the variance.
+    """
+
+    x_start: Tensor
+    eps: Tensor
+    extra: Tensor | None = None
+    previous: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.x_start, self.eps))

@@ -1,0 +1,98 @@
+"""Tensors by shape: means over examples, and tables of coefficients that are looked up by timestep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perrin.errors import ArgumentError
+
+Coefficient = float | Tensor
+"""One number for the whole batch, or a float64 tensor that broadcasts against it."""
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """The mean over all dimensions but the first: (B, ...) to (B,)."""
+    return tensor.flatten(1).mean(1) if tensor.ndim > 1 else tensor
+
+
+def append_dims(tensor: Tensor, ndim: int) -> Tensor:
+    """``tensor`` with dimensions of size 1 appended until it has ``ndim`` of them."""
+    return tensor.reshape(tensor.shape + (1,) * (ndim - tensor.ndim))
+
+
+def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Entries ``t`` (B,) of a table (T,), in the table's dtype and shaped (B, 1, ...) against ``like`` (B, ...)."""
+    return append_dims(table[t], like.ndim)
+
+
+def cast(a: Coefficient, x: Tensor) -> Coefficient:
+    """``a`` as it enters arithmetic with ``x``: a tensor in the dtype of ``x``, a float as it is."""
+    return a.to(x.dtype) if isinstance(a, Tensor) else a
+
+
+def scale(a: Coefficient, x: Tensor) -> Tensor:
+    """``a x`` in the dtype of ``x``."""
+    return x if not isinstance(a, Tensor) and a == 1.0 else x * cast(a, x)
+
+
+def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
+    """``a x + c`` in the dtype of ``x``."""
+    return scale(a, x) + cast(c, x)
+
+
+def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """``a x + b y`` in the dtype of ``x``.
+
+    Floats take the fewest passes over memory, which is what a sampler's step costs, and a float of exactly 0
+    drops its term.
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.addcmul(scale(a, x), y, torch.as_tensor(b, dtype=x.dtype, device=x.device))
+    if a == 0.0 or b == 0.0:
+        return scale(a, x) if b == 0.0 else scale(b, y)
+    return torch.add(scale(a, x), y, alpha=b)
+
+
+def root(square: Coefficient) -> Coefficient:
+    """The square root, of 0 where rounding has left ``square`` negative."""
+    return square.clamp(min=0).sqrt() if isinstance(square, Tensor) else math.sqrt(max(square, 0.0))
+
+
+class Tables(nn.Module):
+    """Named tables of shape (T,), held in float64 whatever precision the module is cast to.
+
+    Each is a non-persistent buffer that moves with the module, and a list of Python floats for the steps that
+    take one number for a whole batch. ``.half()`` leaves the tables alone; on a device without float64 (MPS)
+    the buffers are float32.
+    """
+
+    def __init__(self, tables: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.floats: dict[str, list[float]] = {}
+        self.add_tables(tables)
+
+    def add_tables(self, tables: dict[str, Tensor]) -> None:
+        """Hold ``tables`` too, in the place of those that have the same name."""
+        for name, table in tables.items():
+            self.floats[name] = table.tolist()
+            self.register_buffer(name, table.detach().double().clone(), persistent=False)
+
+    def at(self, name: str, t: int | Tensor, like: Tensor) -> Coefficient:
+        """Entry ``t`` of table ``name``: a float for an int, else gathered (B, 1, ...) for ``like`` (B, ...)."""
+        if isinstance(t, Tensor):
+            return gather(getattr(self, name), t, like)
+        if not 0 <= t < len(self.floats[name]):
+            raise ArgumentError(f"t must be from 0 to {len(self.floats[name]) - 1}, got {t}")
+        return self.floats[name][t]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = fn(torch.zeros((), dtype=torch.float32)).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        for name, values in self.floats.items():
+            self._buffers[name] = torch.tensor(values, dtype=dtype, device=device)
+        return self

@@ -1,0 +1,82 @@
+"""The variance of the reverse step: fixed tables, or read from a second half of the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from perrin.tensors import Coefficient, affine
+
+
+class ModelVarType(Enum):
+    """Which variance the reverse step p(x_{t-1} | x_t) has."""
+
+    LEARNED = "learned"
+    FIXED_SMALL = "fixed-small"
+    FIXED_LARGE = "fixed-large"
+    LEARNED_RANGE = "learned-range"
+
+
+Lookup = Callable[[str], Coefficient]
+"""The entry of a named table at the timestep in question."""
+
+
+@dataclass(frozen=True)
+class FixedVariance:
+    """A variance that depends on the timestep alone; the network has no extra output."""
+
+    table: str
+    log_table: str
+    extra_channels: int = 0
+
+    def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
+        """The log-variance, one number for all dimensions."""
+        return lookup(self.log_table)
+
+    def variance(self, log_variance: Coefficient, lookup: Lookup) -> Coefficient:
+        """The variance: the posterior's is 0 at the first timestep, where its log is clipped."""
+        return lookup(self.table)
+
+
+@dataclass(frozen=True)
+class LearnedVariance:
+    """The network's extra output is the log-variance itself."""
+
+    extra_channels: int = 1
+
+    def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
+        """The log-variance of each dimension."""
+        return cast(Tensor, extra)  # the output was split by extra_channels
+
+    def variance(self, log_variance: Coefficient, lookup: Lookup) -> Coefficient:
+        """The variance of each dimension."""
+        return torch.exp(torch.as_tensor(log_variance))
+
+
+@dataclass(frozen=True)
+class RangedVariance(LearnedVariance):
+    """The network's extra output v places the log-variance between two tables (IDDPM eq. 15).
+
+    v = -1 is the clipped posterior log-variance and v = 1 is log beta. v is not clamped: a network may leave the
+    range, and training logs how much of it does.
+    """
+
+    def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
+        """The log-variance of each dimension."""
+        small, large = lookup("posterior_log_variance_clipped"), lookup("log_betas")
+        return affine((large - small) / 2, cast(Tensor, extra), (large + small) / 2)
+
+
+Variance = FixedVariance | LearnedVariance
+
+VARIANCES: dict[ModelVarType, Variance] = {
+    ModelVarType.LEARNED: LearnedVariance(),
+    ModelVarType.LEARNED_RANGE: RangedVariance(),
+    ModelVarType.FIXED_SMALL: FixedVariance("posterior_variance", "posterior_log_variance_clipped"),
+    ModelVarType.FIXED_LARGE: FixedVariance("fixed_large_variance", "fixed_large_log_variance"),
+}
