@@ -1,0 +1,78 @@
+"""The one contract that samplers, guidance and likelihoods see: a denoiser and its noise levels.
+
+A time is an index of the diffusion's timesteps, as a Python number for the whole batch: whole times are exact,
+fractional ones lie between them linearly in log-SNR, and CLEAN = -1 is the data. The single steps of the public
+API give each example its own: then a time is an int64 tensor of shape (B, 1, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from perrin.diffusion import GaussianDiffusion, Model, ModelKwargs
+from perrin.errors import ArgumentError
+from perrin.forward import Step
+from perrin.noise import CLEAN
+from perrin.parameterization import Denoised
+from perrin.tensors import Coefficient
+
+Time = float | Tensor
+
+
+class Denoiser(Protocol):
+    """What is known of the data behind x_t."""
+
+    def __call__(self, x: Tensor, t: Time) -> Denoised:
+        """x_start and eps for ``x`` (B, ...) at time ``t``."""
+        ...
+
+    def schedule(self, t: Time) -> tuple[Coefficient, Coefficient]:
+        """(alpha, sigma) at time ``t``, in float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiffusionDenoiser:
+    """A diffusion and a network as a denoiser.
+
+    x_start goes through ``denoised_fn`` and is clipped to [-1, 1] if asked, and eps is made to match.
+    """
+
+    diffusion: GaussianDiffusion
+    model: Model
+    clip_denoised: bool = True
+    denoised_fn: Callable[[Tensor], Tensor] | None = None
+    model_kwargs: ModelKwargs = None
+
+    def __call__(self, x: Tensor, t: Time) -> Denoised:
+        """x_start and eps for ``x`` (B, ...) at time ``t``."""
+        return self.processed(self.raw(x, t), x, t)
+
+    def raw(self, x: Tensor, t: Time) -> Denoised:
+        """What the network says, before ``denoised_fn`` and clipping."""
+        step = self.step(t)
+        return self.diffusion.read(self.diffusion.output(self.model, x, step, self.model_kwargs), x, step)
+
+    def processed(self, denoised: Denoised, x: Tensor, t: Time) -> Denoised:
+        """``denoised`` after ``denoised_fn`` and clipping."""
+        return self.diffusion.processed(denoised, x, self.step(t), self.clip_denoised, self.denoised_fn)
+
+    def schedule(self, t: Time) -> tuple[Coefficient, Coefficient]:
+        """(alpha, sigma) at time ``t``, in float64."""
+        if isinstance(t, Tensor):
+            alpha, sigma = self.diffusion.level(t.clamp(min=0), t)
+            return torch.where(t == CLEAN, 1.0, alpha), torch.where(t == CLEAN, 0.0, sigma)
+        return (1.0, 0.0) if t == CLEAN else self.diffusion.level(self.step(t), self.diffusion.betas)
+
+    def step(self, t: Time) -> Step | float:
+        """``t`` as the diffusion takes it. Raises `ArgumentError` for a number outside 0..T - 1."""
+        if isinstance(t, Tensor):
+            return t.flatten()
+        if not 0 <= t <= self.diffusion.num_timesteps - 1:
+            raise ArgumentError(f"time must be from 0 to {self.diffusion.num_timesteps - 1}, got {t}")
+        return int(t) if t == int(t) else t

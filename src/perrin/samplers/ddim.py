@@ -1,0 +1,146 @@
+"""DDIM (arXiv:2010.02502): deterministic sampling and its inversion, or with eta > 0 as much noise as DDPM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perrin.denoiser import Denoiser, Time
+from perrin.diffusion import CondFn, Model, ModelKwargs
+from perrin.errors import ArgumentError
+from perrin.forward import noise_like
+from perrin.noise import CLEAN
+from perrin.samplers.base import Draw, Sample, Sampler
+from perrin.tensors import mean_flat, mix, root
+
+
+class RoundTrip(NamedTuple):
+    """An inversion, what sampling makes of it again, and how far that is from the data."""
+
+    noise: Tensor
+    sample: Tensor
+    rmse: Tensor
+    """Root mean square error of each example, (B,)."""
+
+
+@dataclass(frozen=True)
+class SamplerDDIM(Sampler):
+    """DDIM with ``eta`` in [0, 1]: 0 is deterministic, 1 is ancestral sampling with FIXED_SMALL variance.
+
+    The network's own variance has no part in it. Raises `ArgumentError` for an ``eta`` out of range.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ArgumentError(f"eta must be from 0 to 1, got {self.eta}")
+
+    def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
+        """From ``x`` at time ``t`` to the earlier time ``s``."""
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = denoise.schedule(t), denoise.schedule(s)
+        x_start, eps = denoise(x, t)
+        std = self.eta * sigma_s / sigma_t * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
+        sample = mix(alpha_s, x_start, root(sigma_s**2 - std**2), eps)  # DDIM eq. 12
+        if self.eta > 0 and not (isinstance(s, int) and s == CLEAN):
+            sample = mix(1.0, sample, std, draw())
+        return {"sample": sample, "pred_xstart": x_start}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> Sample:
+        """One step from ``x`` at the chain's steps ``t`` (B,), 0 <= t < steps; the arguments of `sample`."""
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        now, next_time = self.times_at(t, x.ndim), self.times_at(t, x.ndim, later=-1)
+        return self.step(denoise, x, now, next_time, lambda: noise_like(x, noise))
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> Sample:
+        """One step of the ODE upwards, from ``x`` at the chain's steps ``t`` (B,) to t + 1 < steps.
+
+        Clipping makes it lossy. Raises `ArgumentError` unless eta is 0.
+        """
+        self._check_deterministic()
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        now, later = self.times_at(t, x.ndim), self.times_at(t, x.ndim, later=1)
+        x_start, eps = denoise(x, now)
+        alpha, sigma = denoise.schedule(later)
+        return {"sample": mix(alpha, x_start, sigma, eps), "pred_xstart": x_start}
+
+    @torch.no_grad()
+    def invert(
+        self,
+        model: Model,
+        x_start: Tensor,
+        *,
+        clip_denoised: bool = False,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> Tensor:
+        """The x_T that deterministic sampling brings back to ``x_start`` (B, ...), up to an error O(1 / steps).
+
+        Nothing is clipped unless asked. `round_trip` measures the error. Raises `ArgumentError` unless eta is 0.
+        """
+        self._check_deterministic()
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        x = x_start
+        for s, t in pairwise(self.times[::-1]):
+            (alpha_s, sigma_s), (alpha_t, sigma_t) = denoise.schedule(s), denoise.schedule(t)
+            _, eps = denoise(x, t if s == CLEAN else s)  # the network has not seen the data's own level
+            ratio = alpha_t / alpha_s
+            x = mix(ratio, x, sigma_t - ratio * sigma_s, eps)  # d(x / alpha) = eps d(sigma / alpha)
+        return x
+
+    @torch.no_grad()
+    def round_trip(
+        self,
+        model: Model,
+        x_start: Tensor,
+        *,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> RoundTrip:
+        """``x_start`` inverted and sampled again, nothing clipped, with the error; twice ``steps`` network calls."""
+        noise = self.invert(
+            model, x_start, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs
+        )
+        sample = self.sample(
+            model,
+            noise.shape,
+            noise=noise,
+            clip_denoised=False,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+        )
+        return RoundTrip(noise, sample, mean_flat((sample - x_start) ** 2).sqrt())
+
+    def _check_deterministic(self) -> None:
+        if self.eta != 0:
+            raise ArgumentError(f"only deterministic sampling can be inverted: eta must be 0, got {self.eta}")

@@ -1,0 +1,74 @@
+"""Ancestral sampling (DDPM algorithm 2), with any fixed or learned variance, in any number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
+from perrin.diffusion import CondFn, GaussianDiffusion, Model, ModelKwargs
+from perrin.forward import Step, noise_like
+from perrin.guidance import MeanGuided
+from perrin.samplers.base import Draw, Sample, Sampler
+from perrin.tensors import Coefficient, append_dims, mix
+
+
+@dataclass(frozen=True)
+class SamplerDDPM(Sampler):
+    """Draws x_{t-1} from p(x_{t-1} | x_t) at each step; the variance is the diffusion's, also respaced."""
+
+    @cached_property
+    def chain(self) -> GaussianDiffusion:
+        """The diffusion respaced to this sampler's times."""
+        return self.diffusion.respaced(self.times[:-1])
+
+    @cached_property
+    def _index(self) -> dict[Time, int]:
+        return {time: i for i, time in enumerate(self.times[-2::-1])}
+
+    def guide(self, denoiser: DiffusionDenoiser, cond_fn: CondFn) -> Denoiser:
+        """``denoiser`` whose step moves its mean along the classifier's gradient."""
+        return MeanGuided(denoiser, cond_fn)
+
+    def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
+        """From ``x`` at time ``t`` to the earlier time ``s``, the next one of the chain."""
+        return self._ancestral(denoise, x, t, self._index[t], draw)
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *,
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: CondFn | None = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> Sample:
+        """One step from ``x`` at the chain's steps ``t`` (B,), 0 <= t < steps; the arguments of `sample`."""
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        return self._ancestral(denoise, x, self.times_at(t, x.ndim), t, lambda: noise_like(x, noise))
+
+    def _ancestral(self, denoise: Denoiser, x: Tensor, time: Time, t: Step, draw: Draw) -> Sample:
+        denoised = denoise(x, time)
+        mean, log_variance = self.chain.reverse(denoised, x, t)
+        std = _std(log_variance) * _noisy(t, x)
+        sample = mean if isinstance(t, int) and t == 0 else mix(1.0, mean, std, draw())
+        return {"sample": sample, "pred_xstart": denoised.x_start}
+
+
+def _std(log_variance: Coefficient) -> Coefficient:
+    if isinstance(log_variance, Tensor):
+        return torch.exp(0.5 * log_variance)
+    return math.exp(0.5 * log_variance)
+
+
+def _noisy(t: Step, x: Tensor) -> Coefficient:
+    """1, but 0 at the last step, whose sample is the mean."""
+    return append_dims((t != 0).to(x.dtype), x.ndim) if isinstance(t, Tensor) else 1.0

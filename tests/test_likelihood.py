@@ -1,0 +1,334 @@
+"""The bound: its parts, its keys, its estimate from a few terms, and known likelihoods."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from oracles import GaussianData, Oracle, arbitrary
+from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
+from perrin.errors import ArgumentError, ShapeError
+from perrin.likelihood import bound, mean_and_error
+from perrin.schedules import space_timesteps
+
+T = 12
+DATA = GaussianData(0.1, 0.5)
+
+
+def chain(
+    var_type: ModelVarType = ModelVarType.FIXED_LARGE,
+    *,
+    total: int = T,
+    levels: int | None = 256,
+    mean_type: ModelMeanType = ModelMeanType.EPSILON,
+) -> GaussianDiffusion:
+    return GaussianDiffusion(
+        betas=get_named_beta_schedule("linear", total),
+        model_mean_type=mean_type,
+        model_var_type=var_type,
+        levels=levels,
+    )
+
+
+def ideal(total: int) -> tuple[GaussianDiffusion, Oracle]:
+    """A chain over ``DATA`` and the network whose reverse steps are exact, variance and all."""
+    diffusion = chain(ModelVarType.LEARNED, total=total, levels=None)
+    signal = torch.cumprod(1 - diffusion.betas, 0)
+    before = torch.cat([torch.ones(1), signal[:-1]])
+    gain = before.sqrt() * diffusion.betas / (1 - signal)
+    spread = DATA.remaining_variance(signal.sqrt(), (1 - signal).sqrt())
+    log_variance = (diffusion.betas * (1 - before) / (1 - signal) + gain**2 * spread).log()
+    return diffusion, Oracle(
+        DATA, diffusion, lambda x, t: log_variance[t].reshape((-1,) + (1,) * (x.ndim - 1)).expand(x.shape)
+    )
+
+
+def images(n: int = 6) -> Tensor:
+    """(n, 2, 3) on the 256 levels."""
+    return torch.randint(256, (n, 2, 3), generator=torch.Generator().manual_seed(7)).double() / 127.5 - 1
+
+
+# Every term
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("levels", [256, 2, None])
+@pytest.mark.parametrize("var_type", [ModelVarType.LEARNED_RANGE, ModelVarType.FIXED_SMALL])
+def test_the_bound_is_that_of_calc_bpd_loop_at_the_same_noise(
+    var_type: ModelVarType, levels: int | None, clip: bool
+) -> None:
+    diffusion, x = chain(var_type, levels=levels), images()
+    network, seen = arbitrary(diffusion.output_channels(1)), {}
+
+    def recorder(x_t: Tensor, t: Tensor) -> Tensor:
+        seen[int(t[0])] = x_t
+        return network(x_t, t)
+
+    def noise_fn(x_start: Tensor, t: int) -> Tensor:
+        signal = float(diffusion.alphas_cumprod[t])
+        return (seen[t] - math.sqrt(signal) * x_start) / math.sqrt(1 - signal)
+
+    ours = bound(diffusion, recorder, x, indices=range(6), clip_denoised=clip)
+    loop = diffusion.calc_bpd_loop(network, x, clip, noise_fn=noise_fn)
+    torch.testing.assert_close(ours.total, loop["total_bpd"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.prior, loop["prior_bpd"])
+    torch.testing.assert_close(ours.vb, loop["vb"][:, :-1].sum(1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.decoder, loop["vb"][:, -1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("terms", [None, 3])
+def test_the_total_is_the_sum_of_its_parts_in_float64(terms: int | None) -> None:
+    result = bound(chain(), arbitrary(1), images().float(), indices=range(6), terms=terms)
+    assert torch.equal(result.total, result.prior + result.vb + result.decoder)
+    for part in result[:4]:
+        assert part.shape == (6,)
+        assert part.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("terms", "calls"), [(None, T), (1, 2), (5, 6), (T - 1, T)])
+def test_network_calls_are_counted(terms: int | None, calls: int) -> None:
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x
+
+    assert bound(chain(), network, images(), indices=range(6), terms=terms).network_calls == calls
+    assert len(seen) == calls
+
+
+def test_one_timestep_has_a_prior_and_a_decoder_only() -> None:
+    result = bound(chain(total=1), arbitrary(1), images(), indices=range(6))
+    assert bool((result.vb == 0).all())
+    assert result.network_calls == 1
+    assert bool((result.decoder > 0).all())
+
+
+# Keys
+
+
+@pytest.mark.parametrize("terms", [None, 4])
+def test_an_image_has_its_bound_in_any_batch_and_order(terms: int | None) -> None:
+    diffusion, x = chain(), images()
+    whole = bound(diffusion, arbitrary(1), x, indices=range(10, 16), seed=3, terms=terms)
+    order = [4, 0, 5, 2, 3, 1]
+    parts = [
+        bound(diffusion, arbitrary(1), x[rows], indices=[10 + i for i in rows], seed=3, terms=terms)
+        for rows in (order[:1], order[1:4], order[4:])
+    ]
+    torch.testing.assert_close(torch.cat([part.total for part in parts]), whole.total[order])
+
+
+@pytest.mark.parametrize("terms", [None, 4])
+def test_the_kind_of_integer_does_not_matter(terms: int | None) -> None:
+    diffusion, x = chain(), images()
+    listed = bound(diffusion, arbitrary(1), x, indices=[0, 1, 2, 3, 4, 5], terms=terms)
+    tensor = torch.arange(6)
+    for indices, seed in ((tensor, tensor[0]), (tensor.numpy(), tensor.numpy()[0])):
+        other = bound(diffusion, arbitrary(1), x, indices=indices, seed=seed, terms=terms)
+        assert torch.equal(other.total, listed.total)
+
+
+@pytest.mark.parametrize("terms", [None, 4])
+def test_seed_and_index_key_the_noise(terms: int | None) -> None:
+    diffusion, x = chain(), images(1).expand(2, 2, 3)
+    first = bound(diffusion, arbitrary(1), x, indices=[0, 1], terms=terms).total
+    other = bound(diffusion, arbitrary(1), x, indices=[0, 1], seed=1, terms=terms).total
+    assert len({*first.tolist(), *other.tolist()}) == 4
+
+
+def test_two_models_share_the_noise() -> None:
+    seen: list[list[Tensor]] = [[], []]
+    for calls, factor in zip(seen, (1.0, 2.0), strict=True):
+        bound(
+            chain(),
+            lambda x, t, calls=calls, factor=factor: (calls.append(x), factor * x)[1],
+            images(),
+            indices=range(6),
+            terms=4,
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_the_noise_is_standard_normal_and_other_at_each_time() -> None:
+    seen: list[Tensor] = []
+    diffusion = chain()
+    bound(diffusion, lambda x, t: (seen.append(x), x)[1], torch.zeros(50, 200), indices=range(50))
+    noise = torch.stack(seen) / diffusion.sqrt_one_minus_alphas_cumprod.flip(0).reshape(-1, 1, 1)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.015)
+    assert float(noise.var()) == pytest.approx(1, abs=0.02)
+    rows = torch.corrcoef(noise.flatten(0, 1))
+    assert float(rows.fill_diagonal_(0).abs().max()) < 0.42  # 6 standard errors
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    bound(chain(), arbitrary(1), images(), indices=range(6), terms=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# A few terms
+
+
+def test_as_many_terms_as_timesteps_are_the_whole_bound() -> None:
+    diffusion, x = chain(), images()
+    whole = bound(diffusion, arbitrary(1), x, indices=range(6))
+    estimate = bound(diffusion, arbitrary(1), x, indices=range(6), terms=T - 1)
+    torch.testing.assert_close(estimate.total, whole.total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms", [1, 3, 8])
+def test_the_estimate_is_unbiased(terms: int) -> None:
+    diffusion, x = chain(), images(2).repeat(200, 1, 1)
+    exact = bound(diffusion, arbitrary(1), x, indices=range(400))
+    estimate = bound(diffusion, arbitrary(1), x, indices=range(400), terms=terms)
+    assert torch.equal(estimate.decoder, exact.decoder)
+    mean, error = mean_and_error(estimate.vb - exact.vb)
+    assert abs(mean) < 3 * error
+    assert error < 0.2 * float(exact.vb.mean())  # and the test could tell
+
+
+def test_each_stratum_has_one_term() -> None:
+    seen: list[Tensor] = []
+    bound(
+        chain(total=101),
+        lambda x, t: (seen.append(t), x)[1],
+        torch.zeros(300, 2),
+        indices=range(300),
+        terms=5,
+    )
+    *strata, last = seen
+    assert bool((last == 0).all())
+    for i, t in enumerate(strata):
+        assert int(t.min()) == 1 + 20 * i
+        assert int(t.max()) == 20 + 20 * i
+
+
+def test_the_error_of_the_mean_covers_the_truth() -> None:
+    diffusion, network = ideal(50)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * DATA.std**2)
+    covered = 0
+    for seed in range(60):
+        x = DATA.draw(64, 16, seed=seed)
+        mean, error = mean_and_error(
+            bound(diffusion, network, x, indices=range(64), seed=seed, terms=6, clip_denoised=False).total
+        )
+        covered += abs(mean - entropy) < 1.96 * error
+    assert covered >= 51  # 95% of 60 is 57; below 51 has probability 0.3%
+
+
+# Known likelihoods
+
+
+def test_the_ideal_bound_is_the_likelihood() -> None:
+    diffusion, network = ideal(100)
+    x = DATA.draw(16, 4000)
+    result = bound(diffusion, network, x, indices=range(16), clip_denoised=False)
+    mean, error = mean_and_error(result.total - DATA.nll_bpd(x))
+    assert error < 0.01
+    assert abs(mean) < 3.5 * error
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("var_type", [ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE])
+def test_the_bound_lies_above_the_likelihood(var_type: ModelVarType, clip: bool) -> None:
+    diffusion = chain(var_type, total=30, levels=None)
+    x = DATA.draw(16, 4000)
+    result = bound(diffusion, Oracle(DATA, diffusion), x, indices=range(16), clip_denoised=clip)
+    mean, error = mean_and_error(result.total - DATA.nll_bpd(x))
+    assert mean > 5 * error
+
+
+@pytest.mark.parametrize(("steps", "gap"), [(5, 0.277474), (10, 0.147486), (25, 0.062023), (50, 0.031335)])
+def test_the_gap_of_variance_beta_is_the_known_one(steps: int, gap: float) -> None:
+    data, whole = GaussianData(0.0, 0.5), chain(ModelVarType.LEARNED, total=1000, levels=None)
+    kept = sorted(space_timesteps(1000, steps))
+    diffusion = whole.respaced(kept)
+
+    def log_beta(x: Tensor, t: Tensor) -> Tensor:
+        return diffusion.betas.log()[kept.index(int(t[0]))].expand(x.shape)
+
+    x = data.draw(8, 20000)
+    network = Oracle(data, whole, log_beta)
+    result = bound(diffusion, network, x, indices=range(8), clip_denoised=False)
+    mean, error = mean_and_error(result.total - data.nll_bpd(x))
+    assert error < 0.006
+    assert abs(mean - gap) < 4 * error
+
+
+@pytest.mark.parametrize("mean_type", ModelMeanType)
+def test_every_mean_type_has_the_same_bound(mean_type: ModelMeanType) -> None:
+    x, expected = (
+        images(),
+        bound(chain(), Oracle(DATA, chain()), images(), indices=range(6), clip_denoised=False),
+    )
+    diffusion = chain(mean_type=mean_type)
+    result = bound(diffusion, Oracle(DATA, diffusion), x, indices=range(6), clip_denoised=False)
+    torch.testing.assert_close(result.total, expected.total, rtol=1e-8, atol=1e-8)
+
+
+def test_clipping_is_the_default_and_can_be_left_out() -> None:
+    diffusion, x = chain(mean_type=ModelMeanType.START_X), images()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.full_like(x, 2.0)
+
+    clipped, stated, free = (
+        bound(diffusion, network, x, indices=range(6), **options).total
+        for options in ({}, {"clip_denoised": True}, {"clip_denoised": False})
+    )
+    assert torch.equal(clipped, stated)
+    assert bool((clipped < free).all())
+
+
+# The rest
+
+
+@pytest.mark.parametrize("terms", [None, 3])
+def test_model_kwargs_reach_the_network(terms: int | None) -> None:
+    labels, seen = torch.arange(6), []
+
+    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(y)
+        return x
+
+    bound(chain(), network, images(), indices=range(6), terms=terms, model_kwargs={"y": labels})
+    assert all(y is labels for y in seen)
+
+
+def test_no_gradient_is_kept_and_data_is_not_modified() -> None:
+    x, scale = images(), torch.ones((), requires_grad=True)
+    kept = x.clone()
+    assert not bound(chain(), lambda x, t: scale * x, x, indices=range(6)).total.requires_grad
+    assert torch.equal(x, kept)
+
+
+def test_half_precision_data_is_noised_in_float32() -> None:
+    x = torch.linspace(-1, 1, 12).reshape(2, 6).bfloat16()
+    half = bound(chain(), arbitrary(1), x, indices=range(2))
+    assert torch.equal(half.total, bound(chain(), arbitrary(1), x.float(), indices=range(2)).total)
+
+
+@pytest.mark.parametrize("terms", [0, -1, T])
+def test_terms_out_of_range_are_refused(terms: int) -> None:
+    with pytest.raises(ArgumentError, match=f"terms must be from 1 to {T - 1}, got {terms}"):
+        bound(chain(), arbitrary(1), images(), indices=range(6), terms=terms)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_another_number_of_indices_is_refused(count: int) -> None:
+    with pytest.raises(ShapeError, match=f"indices must name 6 images, got {count}"):
+        bound(chain(), arbitrary(1), images(), indices=range(count))
+
+
+def test_the_error_of_a_mean() -> None:
+    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx((3.0, math.sqrt(14 / 3) / 2))
+    mean, error = mean_and_error(torch.tensor([2.0]))
+    assert mean == 2.0
+    assert math.isnan(error)
+
+
+def test_the_mean_of_float32_values_is_taken_in_float64() -> None:
+    values = torch.tensor([16777216.0, 1.0, 1.0, 1.0, 1.0])
+    assert mean_and_error(values)[0] == 16777220.0 / 5
