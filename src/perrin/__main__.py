@@ -1,0 +1,5 @@
+"""``python -m perrin``: the command line."""
+
+from perrin.cli.main import main
+
+raise SystemExit(main())

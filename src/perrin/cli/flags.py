@@ -1,0 +1,71 @@
+"""Flags to typed options: tyro reads them, and each of its error boxes becomes one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from typing import TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry
+
+from perrin.errors import ConfigError
+
+Options = TypeVar("Options")
+
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
+
+
+def parse(
+    options: type[Options], args: Sequence[str], *, command: str, registry: ConstructorRegistry | None = None
+) -> Options:
+    """The ``options`` that ``args`` give; ``--help`` prints and exits.
+
+    Raises `ConfigError`, one line, for an unknown flag, a missing argument or a value of the wrong kind.
+    """
+    with _errors_on_one_line():
+        return tyro.cli(options, args=list(args), prog=f"perrin {command}", config=MARKERS, registry=registry)
+
+
+def parse_known(options: type[Options], args: Sequence[str]) -> Options:
+    """The ``options`` among ``args``, whatever else is there. Raises `ConfigError` for a value of the wrong kind."""
+    with _errors_on_one_line():
+        return tyro.cli(options, args=list(args), add_help=False, return_unknown_args=True)[0]
+
+
+@contextmanager
+def _errors_on_one_line() -> Iterator[None]:
+    boxes = StringIO()
+    try:
+        with redirect_stderr(boxes):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(one_line(boxes.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """What a tyro error box says, with the flags that it proposes, on one line.
+
+    A box is a title, then sections divided by rules; where the terminal has no UTF-8, all of it in ASCII.
+    """
+    rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    sections: list[list[str]] = [[]]
+    for row in filter(None, rows):
+        if set(row) in ({"─"}, {"-"}):
+            sections.append([])
+        else:
+            sections[-1].append(row)
+    headline, *others = sections if box.startswith("╭") else sections[1:] or sections
+    message = _lower(" ".join(headline).removeprefix("Error parsing "))
+    proposed = [row for section in others for row in section]
+    flags = " or ".join(row for row in proposed if row.startswith("-"))
+    label = "perhaps you meant" if "Perhaps you meant:" in proposed else "expected"
+    return f"{message} ({label} {flags})" if flags else message
+
+
+def _lower(text: str) -> str:
+    return re.sub(r"^[A-Z](?=[a-z])", lambda match: match[0].lower(), text)

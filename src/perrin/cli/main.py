@@ -1,0 +1,63 @@
+"""The entry of the command line: picks the command and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from perrin import __version__
+from perrin.errors import ConfigError, PerrinError
+
+COMMANDS = {
+    "train": "train a model on your data, or go on with a run",
+    "sample": "draw samples from a run",
+    "likelihood": "measure bits per dimension, with a standard error and one row per example",
+    "inspect": "show what a run is: configuration, data, checkpoints, schedule, last metrics",
+    "demo": "train, sample and measure a model of handwritten digits in about a minute",
+}
+
+HELP = f"""usage: perrin [-h] [--version] COMMAND ...
+
+Gaussian diffusion models you can measure.
+
+commands:
+{"".join(f"  {name:<12}{text}{chr(10)}" for name, text in COMMANDS.items())}
+`perrin COMMAND --help` lists what a command takes; with --json each prints one JSON object."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in ``argv`` (the process's own by default) and return the exit code.
+
+    0: done, or help. 2: a mistake of the caller's, told in one line on standard error. 130: interrupted.
+    141: nobody reads on.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except PerrinError as error:
+        print(f"perrin: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"perrin: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+
+
+def _dispatch(args: list[str]) -> int:
+    first = args[0] if args else None
+    if first in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if first == "--version":
+        print(f"perrin {__version__}")
+        return 0
+    if first not in COMMANDS:
+        found = "none" if first is None else repr(first)
+        raise ConfigError(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got {found}")
+    import_module(f"perrin.cli.{first}").run(args[1:])
+    return 0

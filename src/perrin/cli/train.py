@@ -1,0 +1,183 @@
+"""``perrin train``: a new run, or the next stretch of one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import tyro
+
+from perrin.cli.console import DeviceName, duration, note, pick_device, report, with_error
+from perrin.cli.flags import parse, parse_known
+from perrin.cli.overrides import ConfigFlags, registry, short_flags, with_network
+from perrin.config import RunConfig, decode, read_toml
+from perrin.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+    from perrin.build import Session
+    from perrin.training import RunFolder, TrainEvent
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a model on DATA. The same command again goes on with the run, whose saved configuration then gives the
+    defaults. Keys may also be written as in a TOML file: training.lr=1e-3."""
+
+    run: Annotated[ConfigFlags, tyro.conf.arg(name="")]
+    out: Path
+    """Folder of the run."""
+    config: Path | None = None
+    """TOML file with the sections [data], [diffusion], [network] and [training]; flags go before it."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    stop_at: int | None = None
+    """End this session after so many steps in all, with a checkpoint; the run can go on later."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The flags that decide where the defaults of all others come from."""
+
+    out: Path | None = None
+    config: Path | None = None
+    kind: str | None = None
+
+
+def run(args: Sequence[str]) -> None:
+    """Train what ``args`` ask for."""
+    args = short_flags(args)
+    given, kind = origin(args)
+    base = with_network(given or RunConfig(), kind)
+    rules = registry(base, require_data=given is None)
+    options = parse(Options, args, command="train", registry=rules)
+    if options.stop_at is not None and options.stop_at < 1:
+        raise ArgumentError(f"--stop-at must be at least 1, got {options.stop_at}")
+    config = with_absolute_path(decode(options.run.values, "command line"))
+    from perrin.build import start_run
+
+    device = pick_device(options.device)
+    session = start_run(config, options.out)
+    event = train_session(session, device=device, stop_at=options.stop_at)
+    report(figures_of(session.folder, event), describe(session.folder, event), as_json=options.json)
+
+
+def origin(args: Sequence[str]) -> tuple[RunConfig | None, str | None]:
+    """The configuration that flags override: the file's, else the saved run's, else None; and the kind of network."""
+    flags = parse_known(Origin, args)
+    return read_toml(flags.config) if flags.config is not None else saved_config(flags.out), flags.kind
+
+
+def with_absolute_path(config: RunConfig) -> RunConfig:
+    """``config`` with a data path that means the same in every working directory."""
+    if config.data.path == "digits":
+        return config
+    path = Path(config.data.path).expanduser().absolute()
+    return replace(config, data=replace(config.data, path=str(path)))
+
+
+def saved_config(out: Path | None) -> RunConfig | None:
+    """The configuration of the run in ``out``, if there is one."""
+    if out is None or not out.exists():
+        return None
+    from perrin.training import RunFolder
+
+    return RunFolder.open(out).config if RunFolder.holds_run(out) else None
+
+
+def train_session(session: Session, *, device: torch.device, stop_at: int | None = None) -> TrainEvent:
+    """Train, with the progress on standard error; leaves ``loss.png`` and ``samples.png`` in the run's folder."""
+    from perrin.training import train
+
+    folder = session.folder
+    note(f"run {folder.path}: {len(session.dataset)} examples of shape {folder.facts.shape}, on {device}")
+    with Display(folder) as display:
+        event = train(
+            folder,
+            diffusion=session.diffusion,
+            network=session.network,
+            dataset=session.dataset,
+            device=device,
+            report=display.follow,
+            stop_at=stop_at,
+        )
+    display.draw(event)
+    return event
+
+
+class Display:
+    """Shows the events of training."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        from perrin.cli.progress import Bar
+
+        self.folder = folder
+        self.bar = Bar("training", 1.0)
+        self.drawn: int | None = None
+
+    def __enter__(self) -> Self:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.__exit__()
+
+    def follow(self, event: TrainEvent) -> None:
+        """Take in one event."""
+        if event.kind == "start" and event.step > 0:
+            self.bar.say(f"going on from the checkpoint of step {event.step}")
+        if event.kind == "evaluation":
+            self.bar.say(figures_line(event))
+            self.draw(event)
+        self.bar.update(event.progress, figures_line(event), left=event.eta_seconds)
+
+    def draw(self, event: TrainEvent) -> None:
+        """Bring the pictures of the run up to date."""
+        from perrin.evaluation.plots import plot_training
+
+        rows = self.folder.metrics.rows()
+        if rows and event.step != self.drawn:
+            plot_training(rows, self.folder.loss_plot_path)
+        if event.grid is not None:
+            shutil.copyfile(event.grid, self.folder.samples_plot_path)
+        self.drawn = event.step
+
+
+def figures_line(event: TrainEvent) -> str:
+    """Step, loss and speed."""
+    total = "" if event.total_steps is None else f"/{event.total_steps}"
+    parts = [f"step {event.step}{total}"]
+    parts += [] if event.loss is None else [f"loss {event.loss:.4g}"]
+    parts += [] if event.images_per_second is None else [f"{event.images_per_second:.0f} examples/s"]
+    if event.held_out_bpd is not None:
+        parts.append(f"held-out {with_error(event.held_out_bpd, event.held_out_bpd_se)}")
+    return ", ".join(parts)
+
+
+def figures_of(folder: RunFolder, event: TrainEvent) -> dict[str, Any]:
+    """What training reached, as plain values."""
+    return {
+        "run": str(folder.path),
+        "step": event.step,
+        "finished": event.progress >= 1,
+        "seconds": event.seconds,
+        "loss": event.loss,
+        "held_out_bpd": event.held_out_bpd,
+        "held_out_bpd_se": event.held_out_bpd_se,
+        "checkpoints": folder.checkpoints(),
+    }
+
+
+def describe(folder: RunFolder, event: TrainEvent) -> list[str]:
+    """What training reached, for people."""
+    state = "finished" if event.progress >= 1 else "stopped: the same command without --stop-at goes on"
+    return [
+        f"{figures_line(event)}; {duration(event.seconds)} of training; {state}",
+        f"run {folder.path}: loss.png, samples/, checkpoints of step {', '.join(map(str, folder.checkpoints()))}",
+    ]

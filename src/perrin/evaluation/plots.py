@@ -1,0 +1,51 @@
+"""Pictures of training; matplotlib is imported only when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perrin.files import written_aside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
+
+
+def plot_training(rows: Sequence[Row], path: Path) -> None:
+    """Draw the loss and the held-out bits/dim against the step into the PNG at ``path``.
+
+    ``rows`` are those of ``metrics.jsonl``, each with ``step`` and ``loss``, or ``held_out_bpd`` with its
+    standard error. A panel without a figure to show is left out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = [row for row in rows if row.get("loss") is not None]
+    measured = [row for row in rows if row.get("held_out_bpd") is not None]
+    panels = [panel for panel in ((_loss, losses), (_held_out, measured)) if panel[1]]
+    figure = Figure(figsize=(5.5 * max(1, len(panels)), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (panel, found) in enumerate(panels, start=1):
+        panel(figure.add_subplot(1, len(panels), place), found)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def _loss(axes: Axes, rows: Sequence[Row]) -> None:
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    axes.plot(steps, losses)
+    if min(losses) > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel="optimizer step", ylabel="training loss", title="Training loss")
+    axes.grid(alpha=0.3, which="both")
+
+
+def _held_out(axes: Axes, rows: Sequence[Row]) -> None:
+    steps, bpd = [row["step"] for row in rows], [row["held_out_bpd"] for row in rows]
+    errors = [row["held_out_bpd_se"] or 0.0 for row in rows]
+    axes.errorbar(steps, bpd, yerr=errors, marker="o", markersize=3, capsize=2)
+    axes.set(xlabel="optimizer step", ylabel="bits per dimension", title="Held-out bound (± standard error)")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,172 @@
+"""The command line before any command runs: help, version, flags, and one-line mistakes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cli_helpers import error_of
+from perrin import __version__
+from perrin.cli.flags import one_line, parse
+from perrin.cli.main import COMMANDS, main
+from perrin.cli.overrides import registry, short_flags
+from perrin.cli.train import Options, origin
+from perrin.config import MLPConfig, RunConfig, UNetConfig, decode
+
+
+def config_of(*args: str) -> RunConfig:
+    """The configuration that the flags of ``perrin train digits --out x`` give."""
+    options = parse(
+        Options,
+        short_flags(["digits", "--out", "x", *args]),
+        command="train",
+        registry=registry(RunConfig(), require_data=True),
+    )
+    return decode(options.run.values, "command line")
+
+
+@pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_neither_torch_nor_matplotlib(args):
+    script = (
+        "import sys; from perrin.cli.main import main; code = main(sys.argv[1:]);"
+        "found = {'torch', 'matplotlib', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported {found}' if found else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: perrin{' ' + args[0] if len(args) > 1 else ''} ")
+
+
+def test_the_module_runs_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "perrin", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("perrin: error: ")
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert [name for name in COMMANDS if f"\n  {name} " in output] == [*COMMANDS]
+
+
+def test_a_reader_may_stop_reading():
+    command = [sys.executable, "-m", "perrin", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"perrin {__version__}\n"
+
+
+@pytest.mark.parametrize(("args", "found"), [([], "got none"), (["trian"], "got 'trian'")])
+def test_an_unknown_command_lists_the_known_ones(args, found, capsys):
+    line = error_of(args, capsys)
+    assert "train, sample, likelihood, inspect, demo" in line
+    assert found in line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lrr", "3"], "unrecognized options: --lrr, 3 (perhaps you meant --lr FLOAT)"),
+        (["--lr", "a"], "--lr: could not convert string to float: 'a' (expected --lr FLOAT)"),
+        (["--lr", "-1"], "command line: training.lr = -1.0: input should be greater than 0"),
+        (["--steps"], "missing value for argument '--steps'. Expected 1 values."),
+        (["--steps", "0"], "command line: training.steps = 0: input should be greater than or equal to 1"),
+        (
+            ["--schedule", "cos"],
+            "invalid choice 'cos' for argument '--schedule'. Expected one of ('linear', 'cosine'",
+        ),
+        (["--kind", "cnn"], "invalid choice 'cnn' for argument '--kind'. Expected one of ('unet', 'mlp')"),
+        (["--width", "3"], "unrecognized options: --width, 3"),
+        (["more"], "unrecognized options: more"),
+        (["training.lrr=3"], "unknown key training.lrr (expected one of batch_size, beta2, "),
+        (
+            ["--data.lr", "3"],
+            "unknown key data.lr (expected one of conditional, flip, held_out, levels, path)",
+        ),
+        (["data.flip=yes"], "data.flip = 'yes': expected true or false"),
+        (["--stop-at", "0"], "--stop-at must be at least 1, got 0"),
+        (["--config", "absent.toml"], "absent.toml"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(args, message, capsys, tmp_path):
+    line = error_of(["train", "digits", "--out", str(tmp_path / "run"), *args], capsys)
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("args", "missing"), [(["--out", "absent"], "DATA"), (["digits"], "--out PATH")])
+def test_a_missing_argument_is_named(args, missing, capsys):
+    line = error_of(["train", *args], capsys)
+    assert line.startswith("missing from perrin train: ")
+    assert missing in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--lr", "1e-3", "--fourier", "2", "3", "--log-snr-min", "-6", "--flip", "--steps", "None"],
+        [
+            "training.lr=1e-3",
+            "network.fourier=2,3",
+            "diffusion.log_snr_min=-6",
+            "data.flip=true",
+            "training.steps=none",
+        ],
+        [
+            "--training.lr",
+            "1e-3",
+            "--network.fourier=[2, 3]",
+            "--diffusion.log-snr-min=-6",
+            "--data.flip",
+            "--steps=None",
+        ],
+    ],
+    ids=["short", "assignments", "dotted"],
+)
+def test_keys_may_be_short_or_dotted(args):
+    config = config_of(*args)
+    assert config.training.lr == 1e-3
+    assert config.network.fourier == (2, 3)
+    assert config.diffusion.log_snr_min == -6
+    assert config.data.flip
+    assert config.training.steps is None
+
+
+def test_data_path_may_be_written_as_a_key():
+    assert short_flags(["data.path=photos/", "--data.path", "photos/"]) == ["photos/", "photos/"]
+
+
+def test_a_switch_can_be_turned_off_by_a_key():
+    assert short_flags(["data.flip=false"]) == ["--no-flip"]
+
+
+@pytest.mark.parametrize(("kind", "network"), [("mlp", MLPConfig()), ("unet", UNetConfig())])
+def test_kind_chooses_the_network(kind, network, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[network]\nkind = "mlp"\nwidth = 8\n')
+    given, found = origin(["--config", str(path), "--kind", kind])
+    assert found == kind
+    assert given == RunConfig(network=MLPConfig(width=8))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_mistake_is_one_line_whatever_the_terminal_can_show(encoding):
+    args = ["-m", "perrin", "inspect", "x", "--jso"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.stderr == "perrin: error: unrecognized options: --jso (perhaps you meant --json, --no-json)\n"
+
+
+def test_text_that_is_no_box_becomes_one_line():
+    assert one_line("some\n  text\n") == "some text"

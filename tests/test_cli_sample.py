@@ -1,0 +1,215 @@
+"""``perrin sample``: the same samples however they are drawn, kept as soon as they are there."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from perrin.cli.main import main
+from perrin.data import load
+from perrin.data.decode import decode
+from perrin.evaluation.samples import PictureFolder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    return train(image_file(folder), folder / "run", *TINY, "--lr", "0.05")
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    return train(image_file(folder), folder / "run", *TINY, "--conditional")
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors")
+    return train(vector_file(folder), folder / "run", *TINY_MLP)
+
+
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("0*.png"))}
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def sample(run, out, *flags):
+    assert main(["sample", str(run), "--steps", "4", "--out", str(out), *flags]) == 0
+    return pictures(out) if out.is_dir() else dict(np.load(out))
+
+
+@pytest.mark.parametrize("sampler", [["ddim"], ["ddim", "--eta", "1"], ["ddpm"]], ids=" ".join)
+def test_samples_do_not_depend_on_the_batch_size(run, tmp_path, sampler):
+    whole = sample(run, tmp_path / "a", "-n", "5", "--sampler", *sampler)
+    assert len(whole) == 5
+    assert sample(run, tmp_path / "b", "-n", "5", "--batch-size", "2", "--sampler", *sampler) == whole
+    assert sample(run, tmp_path / "c", "-n", "5", "--seed", "1", "--sampler", *sampler) != whole
+
+
+def test_a_folder_below_the_run_is_the_default(run, capsys):
+    figures = figures_of(["sample", str(run), "-n", "3", "--steps", "4", "--weights", "ema-0.5"], capsys)
+    folder = run / "samples" / "ddim4-ema-0.5-step4-seed0"
+    assert figures["samples"] == str(folder)
+    assert figures["grid"] == str(folder / "grid.png")
+    assert (figures["weights"], figures["step"], figures["count"], figures["kept"]) == ("ema-0.5", 4, 3, 0)
+    assert [size_of(folder / name) for name in ("grid.png", "00002.png")] == [
+        (2 * 34 + 2, 2 * 34 + 2),
+        (8, 8),
+    ]
+
+
+def test_it_says_which_weights_it_uses(run, tmp_path, capsys):
+    capsys.readouterr()
+    sample(run, tmp_path / "a", "-n", "1")
+    assert "weights ema-0.9 of step 4" in capsys.readouterr().out
+
+
+def test_the_weights_and_the_checkpoint_matter(run, tmp_path):
+    average = sample(run, tmp_path / "a", "-n", "1")
+    assert sample(run, tmp_path / "b", "-n", "1", "--checkpoint", "4", "--weights", "model") != average
+
+
+@pytest.mark.parametrize("name", ["folder", "file.npz"])
+def test_an_interrupted_command_goes_on_where_it_stopped(run, tmp_path, capsys, monkeypatch, name):
+    whole = sample(run, tmp_path / f"whole-{name}", "-n", "4")
+    command = [
+        "sample",
+        str(run),
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / name),
+        "-n",
+        "4",
+        "--batch-size",
+        "1",
+    ]
+    _interrupt_after(3, monkeypatch)
+    assert main(command) == 130
+    monkeypatch.undo()
+    assert figures_of(command, capsys)["kept"] == 3
+    assert figures_of(command, capsys)["kept"] == 4
+    continued = sample(run, tmp_path / name, "-n", "4")
+    np.testing.assert_equal(continued, whole)
+
+
+def _interrupt_after(count, monkeypatch):
+    from perrin.samplers import SamplerDDIM
+
+    original, calls = SamplerDDIM.sample, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SamplerDDIM, "sample", interrupted)
+
+
+def test_more_samples_can_be_asked_for_later(run, tmp_path, capsys):
+    for out in (tmp_path / "folder", tmp_path / "file.npz"):
+        sample(run, out, "-n", "2")
+        command = ["sample", str(run), "--steps", "4", "--out", str(out), "-n", "3"]
+        assert figures_of(command, capsys)["kept"] == 2
+
+
+def test_a_half_written_file_does_not_count(tmp_path):
+    (tmp_path / ".00000.png.7.tmp").write_bytes(b"half")
+    (tmp_path / "grid.png").write_bytes(b"")
+    assert PictureFolder(tmp_path, 256).done() == set()
+
+
+@pytest.mark.parametrize("name", ["folder", "file.npz"])
+def test_other_settings_are_refused_in_the_same_place(run, tmp_path, capsys, name):
+    out = tmp_path / name
+    sample(run, out, "-n", "1")
+    line = error_of(["sample", str(run), "--steps", "5", "--out", str(out)], capsys)
+    assert line == f"{out} holds samples of steps 4, asked for 5: choose another place"
+
+
+@pytest.mark.parametrize("name", ["folder", "file.npz"])
+def test_a_place_with_something_else_is_left_alone(run, tmp_path, capsys, name):
+    precious = tmp_path / "folder" / "thesis.tex" if name == "folder" else tmp_path / name
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious")
+    line = error_of(["sample", str(run), "--out", str(tmp_path / name)], capsys)
+    assert "exists and was not made by perrin sample" in line
+    assert precious.read_text() == "precious"
+
+
+def test_an_npz_file_holds_the_same_samples_as_the_pictures(run, tmp_path):
+    sample(run, tmp_path / "folder", "-n", "3")
+    arrays = sample(run, tmp_path / "file.npz", "-n", "3")
+    np.testing.assert_array_equal(arrays["images"][..., 0], load(tmp_path / "file.npz").values[:, 0])
+    shown = [decode(path).pixels[0] for path in sorted((tmp_path / "folder").glob("0*.png"))]
+    np.testing.assert_array_equal(arrays["images"][..., 0], shown)
+    assert json.loads(str(arrays["settings"]))["sampler"] == "ddim"
+
+
+def test_classes_come_in_turn_unless_one_is_named(conditional, tmp_path):
+    turns = sample(conditional, tmp_path / "a.npz", "-n", "4")
+    assert turns["labels"].tolist() == [0, 1, 2, 0]
+    assert sample(conditional, tmp_path / "b.npz", "-n", "2", "--label", "2")["labels"].tolist() == [2, 2]
+
+
+def test_vectors_go_into_a_file(vectors, tmp_path, capsys):
+    figures = figures_of(["sample", str(vectors), "-n", "2", "--steps", "4"], capsys)
+    assert figures["samples"] == str(vectors / "samples" / "ddim4-ema-0.9999-step2-seed0.npz")
+    values = np.load(figures["samples"])["data"]
+    assert values.shape == (2, 3)
+    assert np.abs(values).max() <= 1
+    line = error_of(["sample", str(vectors), "--out", str(tmp_path / "folder")], capsys)
+    assert line.endswith("samples of shape (3,) are no images: name a file ending in .npz")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps must lie between 1 and 12, the run's number of timesteps, got 0"),
+        (["--steps", "5000"], "--steps must lie between 1 and 12, the run's number of timesteps, got 5000"),
+        (["-n", "0"], "--count must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--eta", "1.5"], "--eta must lie between 0 and 1, got 1.5"),
+        (["--eta", "nan"], "--eta must lie between 0 and 1, got nan"),
+        (
+            ["--sampler", "ddpm", "--eta", "0"],
+            "--eta belongs to --sampler ddim, got --sampler ddpm --eta 0.0",
+        ),
+        (["--sampler", "euler"], "invalid choice 'euler' for argument '--sampler'"),
+        (["--weights", "ema-0.7"], "weights must be one of ema-0.9, ema-0.5, model, got ema-0.7"),
+        (["--checkpoint", "3"], "has no checkpoint of step 3, only of 4"),
+        (["--label", "0"], "has no classes"),
+    ],
+)
+def test_a_mistake_is_one_line(run, flags, message, capsys):
+    assert message in error_of(["sample", str(run), *flags], capsys)
+
+
+@pytest.mark.parametrize("label", ["3", "-1", "cat"])
+def test_a_label_out_of_range_is_refused(conditional, label, capsys):
+    line = error_of(["sample", str(conditional), f"--label={label}"], capsys)
+    assert line == f"--label {label}: expected 0 to 2 or a class name (0, 1, 2)"
+
+
+def test_a_run_without_checkpoints_is_refused(run, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert "has no checkpoint yet" in error_of(["sample", str(tmp_path)], capsys)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert "is no run" in error_of(["sample", str(tmp_path)], capsys)
+
+
+def test_a_checkpoint_cut_in_half_is_named(tmp_path, capsys):
+    run = train(image_file(tmp_path), tmp_path / "run", *TINY)
+    (file,) = run.glob("checkpoints/*/ema-0.9.safetensors")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert f"{file} is damaged" in error_of(["sample", str(run)], capsys)

@@ -1,0 +1,159 @@
+"""``perrin train``: a run, its resumption, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from perrin.cli.main import main
+from perrin.training import Interrupted, RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return train(image_file(folder), folder / "run", *TINY)
+
+
+@pytest.fixture
+def data(run):
+    return str(run.parent / "images.npz")
+
+
+def test_training_prints_where_the_run_is_and_what_it_reached(tmp_path, capsys):
+    assert main(["train", str(image_file(tmp_path)), "--out", str(tmp_path / "run"), *TINY]) == 0
+    output = capsys.readouterr()
+    assert f"run {tmp_path / 'run'}: 20 examples of shape (1, 8, 8)" in output.err
+    assert re.search(r"step 4/4, loss \S+, \d+ examples/s, held-out \S+ ± \S+ bits/dim", output.err)
+    assert "step 4/4, loss" in output.out
+    assert f"run {tmp_path / 'run'}: loss.png" in output.out
+
+
+def test_a_run_holds_its_configuration_and_pictures(run):
+    record = json.loads((run / "config.json").read_text())
+    assert record["config"]["network"]["channels"] == 8
+    assert record["data"] == {"shape": [1, 8, 8], "levels": 256, "class_names": ["0", "1", "2"], "count": 20}
+    assert {"loss.png", "samples.png", "metrics.jsonl"} <= {path.name for path in run.iterdir()}
+
+
+def test_json_has_the_figures(run, data, capsys):
+    figures = figures_of(["train", data, "--out", str(run), *TINY], capsys)
+    assert figures["run"] == str(run)
+    assert (figures["step"], figures["finished"], figures["checkpoints"]) == (4, True, [4])
+    assert figures["held_out_bpd"] > 0
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('[training]\nlr = 0.5\nsteps = 1\nbatch_size = 2\n[network]\nkind = "mlp"\nwidth = 8\n')
+    command = ["train", str(vector_file(tmp_path)), "--out", str(tmp_path / "run"), "--config", str(file)]
+    assert figures_of([*command, "--lr", "0.25", "diffusion.num_timesteps=12"], capsys)["step"] == 1
+    config = RunFolder.open(tmp_path / "run").config
+    assert (config.training.lr, config.training.batch_size, config.network.width) == (0.25, 2, 8)
+    assert (config.network.depth, config.diffusion.num_timesteps) == (4, 12)
+
+
+def test_unknown_keys_in_a_file_are_refused(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("[training]\nlearning_rate = 1e-3\n")
+    line = error_of(["train", "digits", "--out", str(tmp_path / "run"), "--config", str(file)], capsys)
+    assert line == f"{file}: unknown key training.learning_rate"
+
+
+def test_a_stopped_run_goes_on_by_the_same_command_or_by_its_path_alone(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    command = ["train", str(image_file(tmp_path)), *out, *TINY]
+    first = figures_of([*command, "--stop-at", "1"], capsys)
+    assert (first["step"], first["finished"]) == (1, False)
+    assert figures_of([*command, "--stop-at", "2"], capsys)["step"] == 2
+    assert "going on from the checkpoint of step 2" in _notes_of(["train", *out, "--stop-at", "3"], capsys)
+    assert figures_of(["train", *out], capsys)["finished"]
+    assert figures_of(["train", *out, "--steps", "6"], capsys)["step"] == 6
+
+
+def _notes_of(args, capsys):
+    assert main(args) == 0
+    return capsys.readouterr().err
+
+
+def test_a_single_held_out_example_has_no_standard_error(tmp_path, capsys):
+    run = train(image_file(tmp_path), tmp_path / "run", *TINY, "--held-out", "0.01")
+    assert figures_of(["train", "--out", str(run)], capsys)["held_out_bpd_se"] is None
+    assert main(["train", "--out", str(run), "--steps", "5"]) == 0
+    assert "± unknown bits/dim" in capsys.readouterr().err
+
+
+def test_another_configuration_is_refused_on_resuming(run, data, capsys):
+    line = error_of(["train", data, "--out", str(run), *TINY, "--lr", "0.1"], capsys)
+    assert line.endswith("training.lr is 0.0004, asked for 0.1")
+
+
+def test_another_kind_of_network_is_refused_on_resuming(run, data, capsys):
+    assert "network.kind is 'unet', asked for 'mlp'" in error_of(
+        ["train", data, "--out", str(run), "--kind", "mlp"], capsys
+    )
+
+
+def test_data_that_changed_are_refused_on_resuming(tmp_path, capsys):
+    data = image_file(tmp_path)
+    train(data, tmp_path / "run", *TINY)
+    image_file(tmp_path, size=4)
+    line = error_of(["train", "--out", str(tmp_path / "run")], capsys)
+    assert (
+        line
+        == f"{data} has changed since {tmp_path / 'run'} was begun: shape must be (1, 8, 8), got (1, 4, 4)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "message"),
+    [
+        (vector_file, TINY, "network.kind = 'unet': data of shape (3,) need 'mlp'"),
+        (image_file, TINY_MLP, "network.kind = 'mlp': data of shape (1, 8, 8) need 'unet'"),
+        (vector_file, [*TINY_MLP, "--conditional"], "data.conditional = True: these data have no classes"),
+        (image_file, ["--channel-mult", "1", "1", "1", "1", "1"], "multiples of 16"),
+        (image_file, ["--zero-terminal-snr"], "diffusion.zero_terminal_snr = True: needs mean_type start-x"),
+        (image_file, ["--steps", "None"], "training would never end"),
+        (lambda folder: folder / "absent", TINY, "no such file or folder"),
+        (lambda folder: folder, TINY, "no images"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder(make, flags, message, tmp_path, capsys):
+    line = error_of(["train", str(make(tmp_path)), "--out", str(tmp_path / "run"), *flags], capsys)
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    line = error_of(["train", str(image_file(tmp_path)), "--out", str(tmp_path / "run"), *TINY], capsys)
+    assert "is not empty and holds no run" in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_cuda_is_refused_where_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = ["train", str(image_file(tmp_path)), "--out", str(tmp_path / "run"), "--device", "cuda"]
+    assert (
+        error_of(command, capsys) == "--device cuda: torch finds no CUDA device here (expected auto or cpu)"
+    )
+
+
+def test_an_interrupted_training_ends_with_130(run, data, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise Interrupted(3)
+
+    monkeypatch.setattr("perrin.training.train", stop)
+    assert main(["train", data, "--out", str(run)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "perrin: interrupted; step 3 is saved"
+
+
+def test_other_exceptions_are_not_hidden(run, data, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("perrin.training.train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", data, "--out", str(run)])
