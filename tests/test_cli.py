@@ -11,7 +11,7 @@ from perrin import __version__
 from perrin.cli.flags import one_line, parse
 from perrin.cli.main import COMMANDS, main
 from perrin.cli.overrides import registry, short_flags
-from perrin.cli.train import Options, origin
+from perrin.cli.train import Options, read
 from perrin.config import MLPConfig, RunConfig, UNetConfig, decode
 
 
@@ -103,11 +103,10 @@ def test_a_mistake_in_the_flags_is_one_line(args, message, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("args", "missing"), [(["--out", "absent"], "DATA"), (["digits"], "--out PATH")])
-def test_a_missing_argument_is_named(args, missing, capsys):
-    line = error_of(["train", *args], capsys)
+def test_a_missing_argument_is_named(capsys):
+    line = error_of(["train", "--out", "absent"], capsys)
     assert line.startswith("missing from perrin train: ")
-    assert missing in line
+    assert "DATA" in line
 
 
 @pytest.mark.parametrize(
@@ -149,13 +148,12 @@ def test_a_switch_can_be_turned_off_by_a_key():
     assert short_flags(["data.flip=false"]) == ["--no-flip"]
 
 
-@pytest.mark.parametrize(("kind", "network"), [("mlp", MLPConfig()), ("unet", UNetConfig())])
+@pytest.mark.parametrize(("kind", "network"), [("mlp", MLPConfig(width=8)), ("unet", UNetConfig())])
 def test_kind_chooses_the_network(kind, network, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('[network]\nkind = "mlp"\nwidth = 8\n')
-    given, found = origin(["--config", str(path), "--kind", kind])
-    assert found == kind
-    assert given == RunConfig(network=MLPConfig(width=8))
+    options = read(["digits", "--config", str(path), "--kind", kind], None)
+    assert decode(options.run.values, "command line").network == network
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +158,11 @@ def test_other_exceptions_are_not_hidden(run, data, monkeypatch):
     monkeypatch.setattr("perrin.training.train", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train", data, "--out", str(run)])
+
+
+def test_without_out_the_run_is_named_for_the_data(tmp_path, capsys, monkeypatch):
+    data = image_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    figures = figures_of(["train", str(data), *TINY], capsys)
+    assert figures["run"] == str(Path("runs") / data.name.split(".")[0])
+    assert "going on from the checkpoint of step 4" in _notes_of(["train", str(data)], capsys)

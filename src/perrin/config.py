@@ -12,7 +12,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from perrin.errors import ConfigError
@@ -107,7 +107,15 @@ class MLPConfig:
     """Input Fourier features: the n of sin and cos of 2 pi 2^n x."""
 
 
-Network = Annotated[UNetConfig | MLPConfig, Field(discriminator="kind")]
+def _kind(network: object) -> object:
+    return network.get("kind", "unet") if isinstance(network, dict) else getattr(network, "kind", None)
+
+
+Network = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[MLPConfig, Tag("mlp")],
+    Discriminator(_kind, custom_error_type="kind", custom_error_message="kind must be unet or mlp"),
+]
+"""One of the networks, told apart by ``kind``; a table without it describes a `UNetConfig`."""
 
 
 @dataclass(frozen=True, config=_STRICT)

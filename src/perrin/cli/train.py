@@ -29,8 +29,8 @@ class Options:
     defaults. Keys may also be written as in a TOML file: training.lr=1e-3."""
 
     run: Annotated[ConfigFlags, tyro.conf.arg(name="")]
-    out: Path
-    """Folder of the run."""
+    out: Path | None = None
+    """Folder of the run; by default `runs/` and the name of DATA."""
     config: Path | None = None
     """TOML file with the sections [data], [diffusion], [network] and [training]; flags go before it."""
     device: DeviceName = "auto"
@@ -53,25 +53,31 @@ class Origin:
 def run(args: Sequence[str]) -> None:
     """Train what ``args`` ask for."""
     args = short_flags(args)
-    given, kind = origin(args)
-    base = with_network(given or RunConfig(), kind)
-    rules = registry(base, require_data=given is None)
-    options = parse(Options, args, command="train", registry=rules)
+    out = parse_known(Origin, args).out or default_folder(read(args, None))
+    options = read(args, out)
     if options.stop_at is not None and options.stop_at < 1:
         raise ArgumentError(f"--stop-at must be at least 1, got {options.stop_at}")
     config = with_absolute_path(decode(options.run.values, "command line"))
     from perrin.build import start_run
 
     device = pick_device(options.device)
-    session = start_run(config, options.out)
+    session = start_run(config, out)
     event = train_session(session, device=device, stop_at=options.stop_at)
     report(figures_of(session.folder, event), describe(session.folder, event), as_json=options.json)
 
 
-def origin(args: Sequence[str]) -> tuple[RunConfig | None, str | None]:
-    """The configuration that flags override: the file's, else the saved run's, else None; and the kind of network."""
+def read(args: Sequence[str], out: Path | None) -> Options:
+    """The options in ``args``, over the configuration of the file they name, else of a run in ``out``."""
     flags = parse_known(Origin, args)
-    return read_toml(flags.config) if flags.config is not None else saved_config(flags.out), flags.kind
+    given = read_toml(flags.config) if flags.config is not None else saved_config(out)
+    base = with_network(given or RunConfig(), flags.kind)
+    rules = registry(base, require_data=given is None)
+    return parse(Options, args, command="train", registry=rules)
+
+
+def default_folder(options: Options) -> Path:
+    """Where the run goes that was not told: ``runs/`` and the name of the data, less suffixes."""
+    return Path("runs") / Path(options.run.values["data"]["path"]).expanduser().absolute().name.split(".")[0]
 
 
 def with_absolute_path(config: RunConfig) -> RunConfig:
