@@ -369,3 +369,14 @@ def test_a_sampler_is_a_value() -> None:
     sampler = SamplerDDIM(diffusion(), 5)
     sampler.sample(arbitrary(1), (1, 2), seed=0)
     assert replace(sampler, steps=6).times != sampler.times
+
+
+@each_sampler
+def test_a_sample_is_a_tensor_of_its_own(make: Callable[..., Sampler]) -> None:
+    held = normal(1, 2)
+    kept = held.clone()
+    sampler = make(diffusion(ModelMeanType.START_X), 3)
+    *_, last = sampler.sample_progressive(lambda x, t: held, (1, 2), noise=normal(1, 2), clip_denoised=False)
+    last["sample"].add_(1)
+    assert torch.equal(held, kept)
+    assert torch.equal(last["pred_xstart"], kept)

@@ -51,7 +51,11 @@ class DiffusionDenoiser:
 
     def __call__(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``."""
-        return self.processed(self.raw(x, t), x, t)
+        step = self.step(t)
+        output = self.diffusion.output(self.model, x, step, self.model_kwargs)
+        return self.diffusion.read(
+            output, x, step, clip_denoised=self.clip_denoised, denoised_fn=self.denoised_fn
+        )
 
     def raw(self, x: Tensor, t: Time) -> Denoised:
         """What the network says, before ``denoised_fn`` and clipping."""
@@ -67,12 +71,13 @@ class DiffusionDenoiser:
         if isinstance(t, Tensor):
             alpha, sigma = self.diffusion.level(t.clamp(min=0), t)
             return torch.where(t == CLEAN, 1.0, alpha), torch.where(t == CLEAN, 0.0, sigma)
-        return (1.0, 0.0) if t == CLEAN else self.diffusion.level(self.step(t), self.diffusion.betas)
+        return (1.0, 0.0) if t == CLEAN else self.diffusion.level_of_batch(self._number(t))
 
     def step(self, t: Time) -> Step | float:
         """``t`` as the diffusion takes it. Raises `ArgumentError` for a number outside 0..T - 1."""
-        if isinstance(t, Tensor):
-            return t.flatten()
+        return t.flatten() if isinstance(t, Tensor) else self._number(t)
+
+    def _number(self, t: float) -> float:
         if not 0 <= t <= self.diffusion.num_timesteps - 1:
             raise ArgumentError(f"time must be from 0 to {self.diffusion.num_timesteps - 1}, got {t}")
         return int(t) if t == int(t) else t

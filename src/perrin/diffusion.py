@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import ForwardProcess, Step, at_least_float32, bits, filled, noise_like
 from perrin.gaussian import discretized_gaussian_log_likelihood, normal_kl, normal_log_likelihood
 from perrin.losses import LossType, loss_weights
-from perrin.parameterization import Denoised, ModelMeanType, Reading, Reverse, output_pair, reading
+from perrin.parameterization import Denoised, ModelMeanType, Reverse, output_pair, reading
 from perrin.schedules import respaced_tables
 from perrin.tensors import Coefficient, cast, mean_flat, mix
 from perrin.terms import BoundCurve, BoundTerms, PMeanVariance, TrainingTerms
@@ -118,7 +118,7 @@ class GaussianDiffusion(ForwardProcess):
             if share:
                 time += share * (self.floats["timestep_map"][before + 1] - time)
             dtype = torch.float32 if share or self.rescale_timesteps else torch.int64
-            times = torch.full((batch_size,), time, dtype=dtype, device=self.betas.device)
+            times = torch.full((batch_size,), time, dtype=dtype, device=self.device)
         if self.rescale_timesteps:
             return times.float() * (1000 / self.original_num_timesteps)
         return times.long() if isinstance(t, Tensor) else times
@@ -128,33 +128,47 @@ class GaussianDiffusion(ForwardProcess):
 
         Raises `ShapeError` when it has not the channels that the variance type needs.
         """
-        output = model(x, self.network_time(t, len(x)), **(model_kwargs or {}))
-        expected = (len(x), self.output_channels(x.shape[1]), *x.shape[2:])
+        batch_size, channels, *sizes = x.shape
+        output = model(x, self.network_time(t, batch_size), **(model_kwargs or {}))
+        expected = (batch_size, self.output_channels(channels), *sizes)
         if output.shape != expected:
             raise ShapeError(
                 f"{self.model_var_type.name} needs {expected[1]} output channels for input {tuple(x.shape)}, "
                 f"got {tuple(output.shape)}"
             )
-        return output.to(torch.promote_types(output.dtype, x.dtype))
+        return output if output.dtype == x.dtype else output.to(torch.promote_types(output.dtype, x.dtype))
 
-    def read(self, output: Tensor, x: Tensor, t: Step | float) -> Denoised:
-        """What ``output`` says of x_t, nothing clipped."""
+    def read(
+        self,
+        output: Tensor,
+        x: Tensor,
+        t: Step | float,
+        *,
+        clip_denoised: bool = False,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Denoised:
+        """What ``output`` says of x_t; x_start through ``denoised_fn``, then clipped to [-1, 1], eps to match."""
         mean, extra = self._halves(output, x)
-        rule = self._reading(t, x)
-        return Denoised(
-            x_start=mix(rule.xstart_out, mean, rule.xstart_x, x),
-            eps=mix(rule.eps_out, mean, rule.eps_x, x),
-            extra=extra,
-            previous=mean if self.model_mean_type is ModelMeanType.PREVIOUS_X else None,
-        )
+        previous = mean if self.model_mean_type is ModelMeanType.PREVIOUS_X else None
+        x_start = mix(*self._rule("xstart", t, x, mean))
+        if clip_denoised and denoised_fn is None:  # in place, since nobody else holds x_start yet
+            x_start.clamp_(-1, 1)
+            return Denoised(x_start, lambda: self.predict_eps_from_xstart(x, t, x_start), extra, previous)
+        raw = Denoised(x_start, lambda: mix(*self._rule("eps", t, x, mean)), extra, previous)
+        return self.processed(raw, x, t, clip_denoised, denoised_fn)
 
-    def _reading(self, t: Step | float, x: Tensor) -> Reading:
+    def _rule(
+        self, name: Literal["xstart", "eps"], t: Step | float, x: Tensor, mean: Tensor
+    ) -> tuple[Coefficient, Tensor, Coefficient, Tensor]:
+        """The two terms whose sum is x_start or eps."""
         if not isinstance(t, float):
-            return Reading(*(self.at(name, t, x) for name in Reading._fields))
+            return self.at(name + "_out", t, x), mean, self.at(name + "_x", t, x), x
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             raise ArgumentError(f"a PREVIOUS_X network knows whole timesteps only, got t = {t}")
         alpha, sigma = self.level(t, x)
-        return reading(*output_pair(self.model_mean_type, alpha, sigma, Reverse(0.0, 0.0, 0.0)), alpha, sigma)
+        pair = output_pair(self.model_mean_type, alpha, sigma, Reverse(0.0, 0.0, 0.0))
+        rule = reading(*pair, alpha, sigma)._asdict()
+        return rule[name + "_out"], mean, rule[name + "_x"], x
 
     def _halves(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._variance.extra_channels == 0:
@@ -191,8 +205,8 @@ class GaussianDiffusion(ForwardProcess):
         The prediction of x_0 goes through ``denoised_fn`` and is then clipped to [-1, 1]; a PREVIOUS_X network's
         own mean is kept as it is.
         """
-        denoised = self.read(self.output(model, x, t, model_kwargs), x, t)
-        denoised = self.processed(denoised, x, t, clip_denoised, denoised_fn)
+        output = self.output(model, x, t, model_kwargs)
+        denoised = self.read(output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
         mean, log_variance = self.reverse(denoised, x, t)
         return {
             "mean": mean,
@@ -214,7 +228,9 @@ class GaussianDiffusion(ForwardProcess):
             return denoised
         x_start = denoised.x_start if denoised_fn is None else denoised_fn(denoised.x_start)
         x_start = x_start.clamp(-1, 1) if clip_denoised else x_start
-        return replace(denoised, x_start=x_start, eps=self.predict_eps_from_xstart(x, t, x_start))
+        return replace(
+            denoised, x_start=x_start, make_eps=lambda: self.predict_eps_from_xstart(x, t, x_start)
+        )
 
     def condition_mean(
         self,
@@ -273,7 +289,7 @@ class GaussianDiffusion(ForwardProcess):
     def _bound_terms(
         self, output: Tensor, x_start: Tensor, x_t: Tensor, t: Step, clip_denoised: bool
     ) -> BoundTerms:
-        denoised = self.processed(self.read(output, x_t, t), x_t, t, clip_denoised)
+        denoised = self.read(output, x_t, t, clip_denoised=clip_denoised)
         mean, log_variance = self.reverse(denoised, x_t, t)
         nats = self._term_nats(x_start, x_t, t, mean, cast(log_variance, x_t))
         return {"output": bits(nats), "pred_xstart": denoised.x_start}

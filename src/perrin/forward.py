@@ -58,14 +58,18 @@ class ForwardProcess(Tables):
 
     def level(self, t: Step | float, like: Tensor) -> tuple[Coefficient, Coefficient]:
         """(alpha, sigma) of x_t = alpha x_0 + sigma eps; a fractional t lies between in log-SNR."""
-        if isinstance(t, float):
-            before = int(t)
-            first, second = (self._whole_level(whole) for whole in (before, before + 1))
-            return level_between(first, second, t - before)
+        if not isinstance(t, Tensor):
+            return self.level_of_batch(t)
         return self.at("sqrt_alphas_cumprod", t, like), self.at("sqrt_one_minus_alphas_cumprod", t, like)
 
-    def _whole_level(self, t: int) -> Level:
-        return Level(self.floats["sqrt_alphas_cumprod"][t], self.floats["sqrt_one_minus_alphas_cumprod"][t])
+    def level_of_batch(self, t: float) -> Level:
+        """`level` at one number for the whole batch."""
+        if isinstance(t, int):
+            return Level(
+                self.floats["sqrt_alphas_cumprod"][t], self.floats["sqrt_one_minus_alphas_cumprod"][t]
+            )
+        before = int(t)
+        return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)
 
     def posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Step) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""

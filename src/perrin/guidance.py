@@ -27,8 +27,11 @@ class ScoreGuided:
         alpha, sigma = self.schedule(t)
         raw, score = self.denoiser.raw(x, t), _score(self.denoiser, self.cond_fn, x, t)
         pull = self.denoiser.diffusion.pull(self.denoiser.step(t), x)
-        x_start = mix(1.0, raw.x_start, pull, score)
-        guided = replace(raw, x_start=x_start, eps=mix(1.0, raw.eps, -alpha / sigma * pull, score))
+        guided = replace(
+            raw,
+            x_start=mix(1.0, raw.x_start, pull, score),
+            make_eps=lambda: mix(1.0, raw.eps, -alpha / sigma * pull, score),
+        )
         return self.denoiser.processed(guided, x, t)
 
     def schedule(self, t: Time) -> tuple[Coefficient, Coefficient]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -61,16 +61,22 @@ def reading(a: Coefficient, b: Coefficient, alpha: Coefficient, sigma: Coefficie
 class Denoised:
     """What a network says of x_t; unpacks as ``x_start, eps``.
 
-    ``x_t = alpha x_start + sigma eps`` holds, also where x_start was clipped. Only the ancestral step looks at
+    ``x_t = alpha x_start + sigma eps`` holds, also where x_start was clipped; eps is computed when it is asked for,
+    anew each time by ``make_eps``, since most step rules do without. Only the ancestral step looks at
     the rest: ``extra``, the variance half of the output; ``previous``, an output that is itself the mean of
     x_{t-1}; ``gradient``, by which a classifier moves the mean, in units of the variance.
     """
 
     x_start: Tensor
-    eps: Tensor
+    make_eps: Callable[[], Tensor]
     extra: Tensor | None = None
     previous: Tensor | None = None
     gradient: Tensor | None = None
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise in x_t."""
+        return self.make_eps()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.x_start, self.eps))

@@ -36,26 +36,26 @@ def cast(a: Coefficient, x: Tensor) -> Coefficient:
 
 
 def scale(a: Coefficient, x: Tensor) -> Tensor:
-    """``a x`` in the dtype of ``x``."""
-    return x if not isinstance(a, Tensor) and a == 1.0 else x * cast(a, x)
+    """``a x`` in the dtype of ``x``, always a new tensor."""
+    return x * cast(a, x)
 
 
 def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
-    """``a x + c`` in the dtype of ``x``."""
-    return scale(a, x) + cast(c, x)
+    """``a x + c`` in the dtype of ``x``, always a new tensor."""
+    return scale(a, x).add_(cast(c, x))
 
 
 def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
-    """``a x + b y`` in the dtype of ``x``.
+    """``a x + b y`` in the dtype of ``x``, always a new tensor.
 
     Floats take the fewest passes over memory, which is what a sampler's step costs, and a float of exactly 0
     drops its term.
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.addcmul(scale(a, x), y, torch.as_tensor(b, dtype=x.dtype, device=x.device))
+        return scale(a, x).addcmul_(y, torch.as_tensor(b, dtype=x.dtype, device=x.device))
     if a == 0.0 or b == 0.0:
         return scale(a, x) if b == 0.0 else scale(b, y)
-    return torch.add(scale(a, x), y, alpha=b)
+    return torch.add(x, y, alpha=b) if a == 1.0 else scale(a, x).add_(y, alpha=b)
 
 
 def root(square: Coefficient) -> Coefficient:
@@ -81,6 +81,11 @@ class Tables(nn.Module):
         for name, table in tables.items():
             self.floats[name] = table.tolist()
             self.register_buffer(name, table.detach().double().clone(), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return next(iter(self._buffers.values())).device  # type: ignore[union-attr]  # no table is None
 
     def at(self, name: str, t: int | Tensor, like: Tensor) -> Coefficient:
         """Entry ``t`` of table ``name``: a float for an int, else gathered (B, 1, ...) for ``like`` (B, ...)."""

@@ -45,9 +45,10 @@ class SamplerDDIM(Sampler):
     def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
         """From ``x`` at time ``t`` to the earlier time ``s``."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoise.schedule(t), denoise.schedule(s)
-        x_start, eps = denoise(x, t)
+        x_start = denoise(x, t).x_start
         std = self.eta * sigma_s / sigma_t * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
-        sample = mix(alpha_s, x_start, root(sigma_s**2 - std**2), eps)  # DDIM eq. 12
+        kept = root(sigma_s**2 - std**2) / sigma_t
+        sample = mix(kept, x, alpha_s - kept * alpha_t, x_start)  # DDIM eq. 12, eps by x, x_start
         if self.eta > 0 and not (isinstance(s, int) and s == CLEAN):
             sample = mix(1.0, sample, std, draw())
         return {"sample": sample, "pred_xstart": x_start}

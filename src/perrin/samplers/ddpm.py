@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
@@ -58,17 +57,14 @@ class SamplerDDPM(Sampler):
     def _ancestral(self, denoise: Denoiser, x: Tensor, time: Time, t: Step, draw: Draw) -> Sample:
         denoised = denoise(x, time)
         mean, log_variance = self.chain.reverse(denoised, x, t)
-        std = _std(log_variance) * _noisy(t, x)
-        sample = mean if isinstance(t, int) and t == 0 else mix(1.0, mean, std, draw())
+        last = isinstance(t, int) and t == 0
+        sample = mean if last else mix(1.0, mean, _std(log_variance, t), draw())
         return {"sample": sample, "pred_xstart": denoised.x_start}
 
 
-def _std(log_variance: Coefficient) -> Coefficient:
-    if isinstance(log_variance, Tensor):
-        return torch.exp(0.5 * log_variance)
-    return math.exp(0.5 * log_variance)
-
-
-def _noisy(t: Step, x: Tensor) -> Coefficient:
-    """1, but 0 at the last step, whose sample is the mean."""
-    return append_dims((t != 0).to(x.dtype), x.ndim) if isinstance(t, Tensor) else 1.0
+def _std(log_variance: Coefficient, t: Step) -> Coefficient:
+    """The standard deviation of the step; 0 in the rows of the last one, whose sample is the mean."""
+    if not isinstance(log_variance, Tensor):
+        return math.exp(0.5 * log_variance)
+    std = (0.5 * log_variance).exp_()
+    return std * append_dims(t != 0, std.ndim) if isinstance(t, Tensor) else std
