@@ -41,7 +41,7 @@ def test_the_demo_leaves_pictures_figures_and_a_report(tmp_path, capsys):
     assert (out / "loss.png").exists()
     assert len((out / "likelihood.csv").read_text().splitlines()) == 37
     with Image.open(out / "samples.png") as image:
-        assert image.size == (342, 342)  # 10 x 10 tiles of 32 pixels
+        assert image.size == (502, 502)  # 10 x 10 tiles of 48 pixels
 
 
 @pytest.mark.usefixtures("tiny_demo")

@@ -60,7 +60,7 @@ def test_a_folder_below_the_run_is_the_default(run, capsys):
     assert figures["grid"] == str(folder / "grid.png")
     assert (figures["weights"], figures["step"], figures["count"], figures["kept"]) == ("ema-0.5", 4, 3, 0)
     assert [size_of(folder / name) for name in ("grid.png", "00002.png")] == [
-        (2 * 34 + 2, 2 * 34 + 2),
+        (2 * 50 + 2, 2 * 50 + 2),
         (8, 8),
     ]
 

@@ -78,37 +78,37 @@ def test_tiny_images_are_magnified_into_a_grid(tmp_path):
     digits = load("digits").values[:5]
     write_grid(tmp_path / "a.png", digits, 17)
     grid = np.asarray(Image.open(tmp_path / "a.png"))
-    assert grid.shape == (2 * 34 + 2, 3 * 34 + 2)  # 8 px x 4, gaps of 2, 3 columns
+    assert grid.shape == (2 * 50 + 2, 3 * 50 + 2)  # 8 px x 6, gaps of 2, 3 columns
     for index, digit in enumerate(digits):
-        y, x = 2 + 34 * (index // 3), 2 + 34 * (index % 3)
-        tile = grid[y : y + 32, x : x + 32]
+        y, x = 2 + 50 * (index // 3), 2 + 50 * (index % 3)
+        tile = grid[y : y + 48, x : x + 48]
         shown = np.rint(digit[0] * (255 / 16)).astype(np.uint8)
-        np.testing.assert_array_equal(tile, np.kron(shown, np.ones((4, 4), np.uint8)))
+        np.testing.assert_array_equal(tile, np.kron(shown, np.ones((6, 6), np.uint8)))
     gaps = grid.copy()
     for index in range(5):
-        y, x = 2 + 34 * (index // 3), 2 + 34 * (index % 3)
-        gaps[y : y + 32, x : x + 32] = 128
+        y, x = 2 + 50 * (index // 3), 2 + 50 * (index % 3)
+        gaps[y : y + 48, x : x + 48] = 128
     np.testing.assert_array_equal(gaps, 128)
 
 
 @pytest.mark.parametrize(
-    ("columns", "size"), [(None, (2 * 42 + 2, 2 * 52 + 2)), (4, (44, 4 * 52 + 2)), (1, (170, 54))]
+    ("columns", "size"), [(None, (2 * 50 + 2, 2 * 52 + 2)), (4, (52, 4 * 52 + 2)), (1, (202, 54))]
 )
 def test_columns_and_tiles_that_are_large_enough(tmp_path, columns, size):
-    write_grid(tmp_path / "a.png", np.zeros((4, 3, 40, 50), np.uint8), 256, columns)
+    write_grid(tmp_path / "a.png", np.zeros((4, 3, 48, 50), np.uint8), 256, columns)
     assert np.asarray(Image.open(tmp_path / "a.png")).shape == (*size, 3)
 
 
 @pytest.mark.parametrize(("channels", "gap"), [(2, [128, 255]), (4, [128, 128, 128, 255])])
 def test_gaps_of_transparent_images_are_opaque(tmp_path, channels, gap):
-    write_grid(tmp_path / "a.png", np.zeros((1, channels, 32, 32), np.uint8), 256)
+    write_grid(tmp_path / "a.png", np.zeros((1, channels, 48, 48), np.uint8), 256)
     grid = np.asarray(Image.open(tmp_path / "a.png"))
     assert grid[0, 0].tolist() == gap
     np.testing.assert_array_equal(grid[2:34, 2:34], 0)
 
 
 def test_a_grid_of_16_bit_grey(tmp_path):
-    write_grid(tmp_path / "a.png", np.full((1, 1, 32, 32), 65535, np.uint16), 65536)
+    write_grid(tmp_path / "a.png", np.full((1, 1, 48, 48), 65535, np.uint16), 65536)
     grid = np.asarray(Image.open(tmp_path / "a.png"))
     assert (grid[0, 0], grid[2, 2]) == (32768, 65535)
 

@@ -27,6 +27,12 @@ def panels(rows, path, monkeypatch):
     return figures[0].axes
 
 
+def test_a_mean_over_few_steps_is_left_out(tmp_path, monkeypatch):
+    rows = [{"step": 50, "steps": 50, "loss": 3.0}, {"step": 100, "steps": 50, "loss": 2.0}]
+    (loss,) = panels([*rows, {"step": 103, "steps": 3, "loss": 9.0}], tmp_path / "loss.png", monkeypatch)
+    assert loss.lines[0].get_xydata().tolist() == [[50, 3], [100, 2]]
+
+
 def test_both_curves_are_drawn_with_their_units(tmp_path, monkeypatch):
     loss, held_out = panels([*LOSSES, *MEASURED], tmp_path / "loss.png", monkeypatch)
     assert (loss.get_xlabel(), loss.get_ylabel(), loss.get_yscale()) == (

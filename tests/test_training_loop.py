@@ -119,7 +119,7 @@ def test_files_and_lines_of_a_run(tmp_path: Path) -> None:
         (4, False), (8, False), (8, True), (12, False), (12, True),
     ]  # fmt: skip
     assert set(lines[0]) == {
-        "step", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds",
+        "step", "steps", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "seconds",
     }  # fmt: skip
     assert set(lines[2]) == {"step", "held_out_bpd", "held_out_bpd_se", "outside_range"}
     assert lines[0]["lr"] == pytest.approx(1e-2 * (1 - 3 / 12))

@@ -234,16 +234,34 @@ DEMO = RunConfig(
     data=DataConfig(path="digits", held_out=0.2),
     diffusion=DiffusionConfig(
         schedule="log-snr-linear",
+        num_timesteps=250,
         log_snr_max=9.0,
         log_snr_min=-5.0,
-        var_type="fixed-small",
+        var_type="learned-range",
         loss="rescaled-kl",
     ),
     network=UNetConfig(
-        channels=32, channel_mult=(1, 2), num_res_blocks=2, attention_levels=(1,), fourier=(2, 3, 4)
+        channels=24,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attention_levels=(),
+        num_heads=1,
+        fourier=(1, 2, 3, 4),
     ),
     training=TrainingConfig(
-        steps=None, minutes=0.95, batch_size=96, lr=2e-3, warmup_steps=50, decay="cosine", ema=(0.998,)
+        steps=None,
+        minutes=0.95,
+        batch_size=48,
+        lr=5e-3,
+        warmup_steps=50,
+        decay="cosine",
+        ema=(0.998,),
+        log_every=25,
+        evaluate_every=400,
     ),
 )
-"""What ``perrin demo`` trains: METHODS of a fine chain whose first step lies where the 17 levels begin."""
+"""What ``perrin demo`` trains in less than a minute.
+
+A chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves no doubt of the level; Fourier
+features that tell levels apart; the bound itself as the loss; and a network so small that it sees each digit some
+fifty times."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from perrin.training import RunFolder, TrainEvent
 
 SAMPLES = 100
-SAMPLING_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,9 @@ def draw_digits(model: Run) -> None:
     """Write a grid of digits, the same for the same weights."""
     from perrin.cli.sample import sample_batch
     from perrin.data import to_levels, write_grid
-    from perrin.samplers import SamplerDDIM
+    from perrin.samplers import SamplerDDPM
 
-    sampler = SamplerDDIM(model.diffusion, min(SAMPLING_STEPS, model.diffusion.num_timesteps))
+    sampler = SamplerDDPM(model.diffusion)
     x = sample_batch(model, sampler, indices=list(range(SAMPLES)), classes=None, seed=0)
     levels = model.folder.facts.levels
     write_grid(model.folder.samples_plot_path, to_levels(x, levels), levels, columns=10)

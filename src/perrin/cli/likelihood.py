@@ -186,7 +186,7 @@ def _write_table(out: Path, dataset: Dataset, indices: list[int], table: Tensor)
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for index, row in zip(indices, table.tolist(), strict=True):
-            writer.writerow([index, dataset.names[index], *(f"{value:.6f}" for value in row)])
+            writer.writerow([index, dataset.names[index], *(f"{round(value, 6) + 0.0:.6f}" for value in row)])
 
 
 def describe(figures: Figures) -> list[str]:

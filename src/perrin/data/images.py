@@ -12,7 +12,7 @@ from perrin.errors import ArgumentError, ShapeError
 from perrin.files import written_aside
 
 _GAP = 2  # pixels around each tile of a grid
-_SMALLEST_TILE = 32  # pixels of a tile's shorter side, so that 8x8 digits can be read
+_SMALLEST_TILE = 48  # pixels of a tile's shorter side, so that 8x8 digits can be read
 
 
 def write_image(path: str | Path, values: np.ndarray, levels: int | None) -> None:
@@ -31,7 +31,7 @@ def write_grid(path: str | Path, values: np.ndarray, levels: int | None, columns
     """Writes images (N, C, H, W) as one PNG, row by row, in a near-square grid unless ``columns`` says else.
 
     Depth and errors as in `write_image`. Tiles are magnified by a whole number until their shorter side has
-    32 pixels; between and around them, and in empty places, are opaque mid-grey gaps of 2 pixels.
+    48 pixels; between and around them, and in empty places, are opaque mid-grey gaps of 2 pixels.
     """
     if values.ndim != 4 or 0 in values.shape or values.shape[1] > 4:
         raise ShapeError(f"expected images (N, C, H, W) with C from 1 to 4, got {values.shape}")

@@ -17,13 +17,13 @@ Row = Mapping[str, Any]
 def plot_training(rows: Sequence[Row], path: Path) -> None:
     """Draw the loss and the held-out bits/dim against the step into the PNG at ``path``.
 
-    ``rows`` are those of ``metrics.jsonl``, each with ``step`` and ``loss``, or ``held_out_bpd`` with its
-    standard error. A panel without a figure to show is left out.
+    ``rows`` are those of ``metrics.jsonl``: each has ``step``, and ``loss``, a mean over ``steps``, or
+    ``held_out_bpd`` with its standard error. A panel without a figure to show is left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses = [row for row in rows if row.get("loss") is not None]
+    losses = _full_windows([row for row in rows if row.get("loss") is not None])
     measured = [row for row in rows if row.get("held_out_bpd") is not None]
     panels = [panel for panel in ((_loss, losses), (_held_out, measured)) if panel[1]]
     figure = Figure(figsize=(5.5 * max(1, len(panels)), 4), layout="constrained")
@@ -32,6 +32,12 @@ def plot_training(rows: Sequence[Row], path: Path) -> None:
         panel(figure.add_subplot(1, len(panels), place), found)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
+
+
+def _full_windows(rows: Sequence[Row]) -> Sequence[Row]:
+    """``rows`` without the means over few ``steps``, which a run's end leaves and which are mostly noise."""
+    most = max((row.get("steps", 1) for row in rows), default=1)
+    return [row for row in rows if 2 * row.get("steps", 1) >= most]
 
 
 def _loss(axes: Axes, rows: Sequence[Row]) -> None:

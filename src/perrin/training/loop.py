@@ -149,9 +149,10 @@ class Session:
         self.pending.clear()
 
     def write_line(self) -> None:
-        """Write the means over the window, which a last, short line leaves open for a longer budget."""
+        """Write the means over the window's ``steps``, which a last, short line leaves open for a longer budget."""
         state = self.state
-        row = {"step": state.step, **state.window.means(), "lr": state.optimizer.param_groups[0]["lr"]}
+        row = {"step": state.step, "steps": state.window.steps, **state.window.means()}
+        row |= {"lr": state.optimizer.param_groups[0]["lr"]}
         row |= {"images_per_second": self._speed(), "seconds": state.stopwatch.seconds}
         self.folder.metrics.append(row)
 
