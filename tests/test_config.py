@@ -37,7 +37,7 @@ def test_decode_reads_back_what_encode_gives(config):
             "here: diffusion.schedule = 'cos': input should be 'linear', 'cosine'",
         ),
         ({"data": {"held_out": 1}}, "here: data.held_out = 1: input should be less than 1"),
-        ({"network": {"kind": "cnn"}}, "'unet', 'mlp'"),
+        ({"network": {"kind": "cnn"}}, "kind must be unet or mlp"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_and_value(values, message):
