@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ class DamagedFileError(Exception):
     """A file of a checkpoint that is missing or cannot be read; `RunFolder` says what to do about it."""
 
     def __init__(self, path: Path, error: Exception) -> None:
-        reason = str(error).splitlines() or [type(error).__name__]
-        super().__init__(f"{path} is missing" if not path.exists() else f"{path} is damaged ({reason[0]})")
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch and safetensors go on at length
+        super().__init__(f"{path} is missing" if not path.exists() else f"{path} is damaged ({reason})")
 
 
 @dataclass(frozen=True)
