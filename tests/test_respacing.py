@@ -41,11 +41,14 @@ def test_the_network_sees_the_training_timestep(rescale: bool) -> None:
     diffusion = chain(rescale_timesteps=rescale).respaced([3, 10, 99]).respaced([1, 2])
     scale = 10 if rescale else 1
     expected = [scale * 10, scale * 99]
-    for times in (diffusion.network_time(torch.tensor([0, 1]), 2), diffusion.network_time(1, 2)):
+    for times in (
+        diffusion.network_time(torch.tensor([0, 1]), torch.zeros(2, 1)),
+        diffusion.network_time(1, torch.zeros(2, 1)),
+    ):
         assert times.dtype is (torch.float32 if rescale else torch.int64)
-    assert diffusion.network_time(torch.tensor([0, 1]), 2).tolist() == expected
-    assert diffusion.network_time(1, 3).tolist() == [expected[1]] * 3
-    assert diffusion.network_time(0.5, 1).tolist() == [scale * 54.5]
+    assert diffusion.network_time(torch.tensor([0, 1]), torch.zeros(2, 1)).tolist() == expected
+    assert diffusion.network_time(1, torch.zeros(3, 1)).tolist() == [expected[1]] * 3
+    assert diffusion.network_time(0.5, torch.zeros(1, 1)).tolist() == [scale * 54.5]
     assert diffusion.num_timesteps == 2
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from perrin.variance import VARIANCES, ModelVarType
 
 Model = Callable[..., Tensor]
 CondFn = Callable[..., Tensor]
+T = TypeVar("T", float, Tensor)
 ModelKwargs = Mapping[str, Any] | None
 
 
@@ -105,38 +106,44 @@ class GaussianDiffusion(ForwardProcess):
         """How many channels the network must give for ``channels`` data channels: as many, or twice that."""
         return channels * (1 + self._variance.extra_channels)
 
-    def network_time(self, t: Step | float, batch_size: int) -> Tensor:
-        """What the network is told of step t, (B,).
+    def network_time(self, t: Step | float, x: Tensor) -> Tensor:
+        """What the network is told of step t for ``x`` (B, ...): (B,) on its device.
 
         The training timestep as int64; in float32 where t is fractional, or rescaled to 0..1000 (IDDPM).
         """
         if isinstance(t, Tensor):
             times = self.timestep_map[t]
-        else:
-            before, share = int(t), t - int(t)
-            time = self.floats["timestep_map"][before]
-            if share:
-                time += share * (self.floats["timestep_map"][before + 1] - time)
-            dtype = torch.float32 if share or self.rescale_timesteps else torch.int64
-            times = torch.full((batch_size,), time, dtype=dtype, device=self.device)
-        if self.rescale_timesteps:
-            return times.float() * (1000 / self.original_num_timesteps)
-        return times.long() if isinstance(t, Tensor) else times
+            return self._rescaled(times.float()) if self.rescale_timesteps else times.long()
+        steps, before = self.floats["timestep_map"], int(t)
+        time, fractional = steps[before], before != t
+        if fractional:
+            time += (t - before) * (steps[before + 1] - time)
+        if fractional or self.rescale_timesteps:
+            time = self._rescaled(time) if self.rescale_timesteps else time
+            return torch.full((len(x),), time, dtype=torch.float32, device=x.device)
+        return torch.full((len(x),), int(time), device=x.device)
+
+    def _rescaled(self, time: T) -> T:
+        return time * (1000 / self.original_num_timesteps)
 
     def output(self, model: Model, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """The network's output at x_t, at least in the precision of ``x``.
 
         Raises `ShapeError` when it has not the channels that the variance type needs.
         """
+        output = model(x, self.network_time(t, x), **(model_kwargs or {}))
+        if output.shape != x.shape or self._variance.extra_channels:
+            self._check_channels(output, x)
+        return output if output.dtype == x.dtype else output.to(torch.promote_types(output.dtype, x.dtype))
+
+    def _check_channels(self, output: Tensor, x: Tensor) -> None:
         batch_size, channels, *sizes = x.shape
-        output = model(x, self.network_time(t, batch_size), **(model_kwargs or {}))
         expected = (batch_size, self.output_channels(channels), *sizes)
         if output.shape != expected:
             raise ShapeError(
                 f"{self.model_var_type.name} needs {expected[1]} output channels for input {tuple(x.shape)}, "
                 f"got {tuple(output.shape)}"
             )
-        return output if output.dtype == x.dtype else output.to(torch.promote_types(output.dtype, x.dtype))
 
     def read(
         self,
@@ -258,7 +265,7 @@ class GaussianDiffusion(ForwardProcess):
 
     def score(self, cond_fn: CondFn, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """``cond_fn`` at x_t and the time that the network sees."""
-        return cond_fn(x, self.network_time(t, len(x)), **(model_kwargs or {}))
+        return cond_fn(x, self.network_time(t, x), **(model_kwargs or {}))
 
     def pull(self, t: Step | float, like: Tensor) -> Coefficient:
         """By how much a score moves x_0, sigma^2 / alpha: so eps moves by -sigma (ADM alg. 2).
@@ -305,7 +312,7 @@ class GaussianDiffusion(ForwardProcess):
             return torch.where(first, self._decoder_nats(x_start, x_t, t, mean, log_variance), kl)
         # Looking is free on a CPU, and the decoder costs more than all the rest: decode only where it counts.
         rows = first.nonzero().flatten()
-        log_variance = torch.as_tensor(log_variance)[rows]
+        log_variance = log_variance[rows] if isinstance(log_variance, Tensor) else log_variance
         return kl.index_copy(
             0, rows, self._decoder_nats(x_start[rows], x_t[rows], t[rows], mean[rows], log_variance)
         )

@@ -14,6 +14,10 @@ from perrin.errors import ArgumentError
 Coefficient = float | Tensor
 """One number for the whole batch, or a float64 tensor that broadcasts against it."""
 
+# x scaled by a number is added to this: torch wraps the number of a product in a tensor, which costs as much again
+# as the whole call, but takes the alpha of a sum as it is.
+_ZERO = torch.zeros(())
+
 
 def mean_flat(tensor: Tensor) -> Tensor:
     """The mean over all dimensions but the first: (B, ...) to (B,)."""
@@ -37,7 +41,7 @@ def cast(a: Coefficient, x: Tensor) -> Coefficient:
 
 def scale(a: Coefficient, x: Tensor) -> Tensor:
     """``a x`` in the dtype of ``x``, always a new tensor."""
-    return x * cast(a, x)
+    return x * a.to(x.dtype) if isinstance(a, Tensor) else torch.add(_ZERO, x, alpha=a)
 
 
 def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
@@ -55,7 +59,7 @@ def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
         return scale(a, x).addcmul_(y, torch.as_tensor(b, dtype=x.dtype, device=x.device))
     if a == 0.0 or b == 0.0:
         return scale(a, x) if b == 0.0 else scale(b, y)
-    return torch.add(x, y, alpha=b) if a == 1.0 else scale(a, x).add_(y, alpha=b)
+    return torch.add(x, y, alpha=b) if a == 1.0 else torch.add(_ZERO, x, alpha=a).add_(y, alpha=b)
 
 
 def root(square: Coefficient) -> Coefficient:
@@ -74,23 +78,26 @@ class Tables(nn.Module):
     def __init__(self, tables: dict[str, Tensor]) -> None:
         super().__init__()
         self.floats: dict[str, list[float]] = {}
+        self.constants: dict[str, float] = {}
         self.add_tables(tables)
 
     def add_tables(self, tables: dict[str, Tensor]) -> None:
         """Hold ``tables`` too, in the place of those that have the same name."""
         for name, table in tables.items():
-            self.floats[name] = table.tolist()
+            self.floats[name] = values = table.tolist()
+            self.constants.pop(name, None)
+            if all(value == values[0] for value in values):
+                self.constants[name] = values[0]
             self.register_buffer(name, table.detach().double().clone(), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the tables are."""
-        return next(iter(self._buffers.values())).device  # type: ignore[union-attr]  # no table is None
-
     def at(self, name: str, t: int | Tensor, like: Tensor) -> Coefficient:
-        """Entry ``t`` of table ``name``: a float for an int, else gathered (B, 1, ...) for ``like`` (B, ...)."""
+        """Entry ``t`` of table ``name``: a float for an int, else gathered (B, 1, ...) for ``like`` (B, ...).
+
+        A table of one number everywhere gives that number: then nothing is gathered, and `mix` can drop a term.
+        """
         if isinstance(t, Tensor):
-            return gather(getattr(self, name), t, like)
+            constant = self.constants.get(name)
+            return gather(getattr(self, name), t, like) if constant is None else constant
         if not 0 <= t < len(self.floats[name]):
             raise ArgumentError(f"t must be from 0 to {len(self.floats[name]) - 1}, got {t}")
         return self.floats[name][t]

@@ -16,7 +16,7 @@ from perrin.errors import ArgumentError
 from perrin.forward import noise_like
 from perrin.noise import CLEAN
 from perrin.samplers.base import Draw, Sample, Sampler
-from perrin.tensors import mean_flat, mix, root
+from perrin.tensors import Coefficient, mean_flat, mix, root
 
 
 class RoundTrip(NamedTuple):
@@ -46,9 +46,11 @@ class SamplerDDIM(Sampler):
         """From ``x`` at time ``t`` to the earlier time ``s``."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoise.schedule(t), denoise.schedule(s)
         x_start = denoise(x, t).x_start
-        std = self.eta * sigma_s / sigma_t * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
+        std: Coefficient = 0.0
+        if self.eta > 0:
+            std = self.eta * sigma_s / sigma_t * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
         kept = root(sigma_s**2 - std**2) / sigma_t
-        sample = mix(kept, x, alpha_s - kept * alpha_t, x_start)  # DDIM eq. 12, eps by x, x_start
+        sample = mix(kept, x, alpha_s - kept * alpha_t, x_start)  # DDIM eq. 12, eps by x and x_start
         if self.eta > 0 and not (isinstance(s, int) and s == CLEAN):
             sample = mix(1.0, sample, std, draw())
         return {"sample": sample, "pred_xstart": x_start}

@@ -20,7 +20,9 @@ class DamagedFileError(Exception):
     """A file of a checkpoint that is missing or cannot be read; `RunFolder` says what to do about it."""
 
     def __init__(self, path: Path, error: Exception) -> None:
-        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__  # torch and safetensors go on at length
+        reason = (
+            re.split(r"\. |\n", str(error))[0] or type(error).__name__
+        )  # torch and safetensors go on at length
         super().__init__(f"{path} is missing" if not path.exists() else f"{path} is damaged ({reason})")
 
 
