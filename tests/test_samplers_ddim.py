@@ -258,3 +258,10 @@ def test_a_single_step_without_noise_draws_it_from_torch() -> None:
     assert torch.equal(drawn, given)
     assert torch.equal(drawn[1], silent[1])  # the last step adds none
     assert not torch.allclose(drawn[0], silent[0], atol=1e-3)
+
+
+def test_the_step_above_the_last_is_the_predicted_noise() -> None:
+    sampler = SamplerDDIM(chain(), 4)
+    x, eps = normal(2, 2), normal(2, 2)
+    up = sampler.ddim_reverse_sample(lambda x, t: eps, x, torch.tensor([3, 3]), clip_denoised=False)
+    torch.testing.assert_close(up["sample"], eps)

@@ -272,3 +272,10 @@ def test_a_draw_of_exactly_zero_belongs_to_the_first_possible_timestep(
     sampler = LossSecondMomentResampler(Chain(4), history_per_term=1, uniform_prob=0.0)
     sampler.update_with_all_losses(torch.arange(4), torch.tensor([0.0, 1.0, 0.0, 1.0]))
     assert sampler.sample(2, "cpu")[0].tolist() == [1, 1]
+
+
+def test_losses_may_be_plain_lists() -> None:
+    sampler = LossSecondMomentResampler(Chain(2), history_per_term=1)
+    sampler.update_with_all_losses([0, 1], [3.0, 1.0])
+    ratio = sampler.weights()[0] / sampler.weights()[1]
+    torch.testing.assert_close(ratio, torch.tensor(3.0, dtype=torch.float64), rtol=0.01, atol=0)

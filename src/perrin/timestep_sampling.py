@@ -6,6 +6,7 @@ at a uniformly drawn t. Nothing here talks to other processes: a caller with man
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -55,7 +56,7 @@ class TimestepSampler:
         t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
         return t, (1 / (self.num_timesteps * p[t])).float()
 
-    def update_with_all_losses(self, ts: Tensor, losses: Tensor) -> None:
+    def update_with_all_losses(self, ts: Tensor | Sequence[int], losses: Tensor | Sequence[float]) -> None:
         """Learn from the losses (B,) of timesteps ``ts`` (B,); samplers with fixed weights ignore them."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -110,11 +111,12 @@ class LossSecondMomentResampler(TimestepSampler):
         """Whether every timestep has a full history."""
         return bool((self.counts >= self.history.shape[1]).all())
 
-    def update_with_all_losses(self, ts: Tensor, losses: Tensor) -> None:
+    def update_with_all_losses(self, ts: Tensor | Sequence[int], losses: Tensor | Sequence[float]) -> None:
         """Put the losses (B,) of timesteps ``ts`` (B,) in the place of the oldest ones; waits for the device.
 
         Raises `ShapeError` if the two are not vectors of one length.
         """
+        ts, losses = torch.as_tensor(ts), torch.as_tensor(losses)
         if ts.ndim != 1 or ts.shape != losses.shape:
             raise ShapeError(f"ts and losses must be (B,), got {tuple(ts.shape)} and {tuple(losses.shape)}")
         for t, loss in zip(ts.tolist(), losses.detach().double().tolist(), strict=True):

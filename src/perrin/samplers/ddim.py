@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from perrin.denoiser import Denoiser, Time
 from perrin.diffusion import CondFn, Model, ModelKwargs
 from perrin.errors import ArgumentError
 from perrin.forward import noise_like
-from perrin.noise import CLEAN
+from perrin.noise import CLEAN, Level
 from perrin.samplers.base import Draw, Sample, Sampler
-from perrin.tensors import Coefficient, mean_flat, mix, root
+from perrin.tensors import Coefficient, gather, mean_flat, mix, root
 
 
 class RoundTrip(NamedTuple):
@@ -83,16 +84,23 @@ class SamplerDDIM(Sampler):
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs = None,
     ) -> Sample:
-        """One step of the ODE upwards, from ``x`` at the chain's steps ``t`` (B,) to t + 1 < steps.
+        """One step of the ODE upwards, from ``x`` at the chain's steps ``t`` (B,), 0 <= t < steps, to t + 1.
 
-        Clipping makes it lossy. Raises `ArgumentError` unless eta is 0.
+        Above the last step is pure noise, which is the predicted eps. Clipping makes the step lossy. Raises
+        `ArgumentError` unless eta is 0.
         """
         self._check_deterministic()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        now, later = self.times_at(t, x.ndim), self.times_at(t, x.ndim, later=1)
-        x_start, eps = denoise(x, now)
-        alpha, sigma = denoise.schedule(later)
+        x_start, eps = denoise(x, self.times_at(t, x.ndim))
+        alpha, sigma = (gather(level.to(self.diffusion.betas), t, x) for level in self._levels_above)
         return {"sample": mix(alpha, x_start, sigma, eps), "pred_xstart": x_start}
+
+    @cached_property
+    def _levels_above(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (steps,) one step up from each step of the chain."""
+        levels = [self.diffusion.level_of_batch(t) for t in self.times[-3::-1]]
+        alpha, sigma = zip(*levels, Level(0.0, 1.0), strict=True)
+        return torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64)
 
     @torch.no_grad()
     def invert(
