@@ -35,7 +35,7 @@ def test_the_caller_may_know_the_time_left_and_more(clock, capsys):
         clock[0] += 11
         bar.update(0.5, "loss 2", left=200)
         bar.say("a line")
-    assert capsys.readouterr().err.splitlines() == ["training: 50%, loss 2, 3 min 20 s left", "a line"]
+    assert capsys.readouterr().err.splitlines() == ["training: 50%, 3 min 20 s left, loss 2", "a line"]
 
 
 def test_a_terminal_shows_a_bar(monkeypatch, capsys):

@@ -8,6 +8,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from perrin.cli.console import duration, note
 
@@ -22,8 +23,15 @@ class Bar:
         self._began = self._last_line = time.monotonic()
         self._rich: Progress | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-            self._rich = Progress(*columns, console=Console(stderr=True), transient=True)
+            name = TextColumn("{task.description}", table_column=Column(min_width=len(label), no_wrap=True))
+            figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True))
+            self._rich = Progress(
+                name,
+                BarColumn(10, table_column=Column(min_width=10)),
+                figures,
+                console=Console(stderr=True),
+                transient=True,
+            )
             self._rich.add_task(label, total=total, figures="")
 
     def __enter__(self) -> Self:
@@ -59,5 +67,5 @@ class Bar:
     def _state(self, now: float, figures: str, left: float | None) -> str:
         if left is None and self._done > 0:
             left = (now - self._began) * (self._total - self._done) / self._done
-        parts = [f"{self._done / self._total:.0%}", figures, "" if left is None else f"{duration(left)} left"]
+        parts = [f"{self._done / self._total:.0%}", "" if left is None else f"{duration(left)} left", figures]
         return ", ".join(part for part in parts if part)
