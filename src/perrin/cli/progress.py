@@ -23,15 +23,9 @@ class Bar:
         self._began = self._last_line = time.monotonic()
         self._rich: Progress | None = None
         if sys.stderr.isatty():
-            name = TextColumn("{task.description}", table_column=Column(min_width=len(label), no_wrap=True))
-            figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True))
-            self._rich = Progress(
-                name,
-                BarColumn(10, table_column=Column(min_width=10)),
-                figures,
-                console=Console(stderr=True),
-                transient=True,
-            )
+            figures = TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, ratio=1))
+            columns = TextColumn("{task.description}"), BarColumn(10), figures
+            self._rich = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
             self._rich.add_task(label, total=total, figures="")
 
     def __enter__(self) -> Self:
