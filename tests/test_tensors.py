@@ -113,3 +113,12 @@ def test_a_table_takes_the_place_of_its_namesake() -> None:
     assert tables.at("a", 0, torch.zeros(1)) == 3.0
     assert tables.get_buffer("a").tolist() == [3.0]
     assert tables.get_buffer("b").dtype is torch.float64
+
+
+def test_tables_follow_the_timesteps_to_their_device() -> None:
+    diffusion = GaussianDiffusion(betas=cosine_betas(10))
+    x, t = torch.zeros(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    assert diffusion.q_sample(x, t).device.type == "meta"
+    assert diffusion.network_time(t, x).device.type == "meta"
+    assert diffusion.betas.device.type == "meta"
+    assert diffusion.q_sample(torch.zeros(1, 3), torch.tensor([9])).isfinite().all()

@@ -112,7 +112,7 @@ class GaussianDiffusion(ForwardProcess):
         The training timestep as int64; in float32 where t is fractional, or rescaled to 0..1000 (IDDPM).
         """
         if isinstance(t, Tensor):
-            times = self.timestep_map[t]
+            times = self.table("timestep_map", t.device)[t]
             return self._rescaled(times.float()) if self.rescale_timesteps else times.long()
         steps, before = self.floats["timestep_map"], int(t)
         time, fractional = steps[before], before != t

@@ -67,12 +67,17 @@ def root(square: Coefficient) -> Coefficient:
     return square.clamp(min=0).sqrt() if isinstance(square, Tensor) else math.sqrt(max(square, 0.0))
 
 
+def widest_dtype(device: torch.device | str) -> torch.dtype:
+    """float64, or float32 on a device that has none (MPS)."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 class Tables(nn.Module):
     """Named tables of shape (T,), held in float64 whatever precision the module is cast to.
 
-    Each is a non-persistent buffer that moves with the module, and a list of Python floats for the steps that
-    take one number for a whole batch. ``.half()`` leaves the tables alone; on a device without float64 (MPS)
-    the buffers are float32.
+    Each is a non-persistent buffer that moves with the module, or to where the timesteps are that it is asked for,
+    and a list of Python floats for the steps that take one number for a whole batch. ``.half()`` leaves the tables
+    alone; on a device without float64 (MPS) the buffers are float32.
     """
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
@@ -97,14 +102,20 @@ class Tables(nn.Module):
         """
         if isinstance(t, Tensor):
             constant = self.constants.get(name)
-            return gather(getattr(self, name), t, like) if constant is None else constant
+            return gather(self.table(name, t.device), t, like) if constant is None else constant
         if not 0 <= t < len(self.floats[name]):
             raise ArgumentError(f"t must be from 0 to {len(self.floats[name]) - 1}, got {t}")
         return self.floats[name][t]
 
+    def table(self, name: str, device: torch.device) -> Tensor:
+        """The table ``name`` on ``device``, to which all of them move if they are elsewhere: they follow their t."""
+        if self._buffers[name].device != device:  # type: ignore[union-attr]  # no table is None
+            self.to(device)
+        return self.get_buffer(name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device = fn(torch.zeros((), dtype=torch.float32)).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_dtype(device)
         for name, values in self.floats.items():
             self._buffers[name] = torch.tensor(values, dtype=dtype, device=device)
         return self

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from perrin.errors import ArgumentError, ShapeError
+from perrin.tensors import widest_dtype
 
 
 class Chain(Protocol):
@@ -48,10 +49,11 @@ class TimestepSampler:
         if batch_size < 1:
             raise ArgumentError(f"batch_size must be at least 1, got {batch_size}")
         size = 1 if self.stratified else batch_size
-        u = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
+        dtype = widest_dtype(device)
+        u = torch.rand(size, dtype=dtype, device=device, generator=generator)
         if self.stratified:
-            u = (u + torch.arange(batch_size, dtype=torch.float64, device=device)) / batch_size
-        p = self.weights().to(device)
+            u = (u + torch.arange(batch_size, dtype=dtype, device=device)) / batch_size
+        p = self.weights().to(device, dtype)
         p = p / p.sum()
         t = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=self.num_timesteps - 1)
         return t, (1 / (self.num_timesteps * p[t])).float()

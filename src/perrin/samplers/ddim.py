@@ -17,7 +17,7 @@ from perrin.errors import ArgumentError
 from perrin.forward import noise_like
 from perrin.noise import CLEAN, Level
 from perrin.samplers.base import Draw, Sample, Sampler
-from perrin.tensors import Coefficient, gather, mean_flat, mix, root
+from perrin.tensors import Coefficient, gather, mean_flat, mix, root, widest_dtype
 
 
 class RoundTrip(NamedTuple):
@@ -92,7 +92,9 @@ class SamplerDDIM(Sampler):
         self._check_deterministic()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         x_start, eps = denoise(x, self.times_at(t, x.ndim))
-        alpha, sigma = (gather(level.to(self.diffusion.betas), t, x) for level in self._levels_above)
+        alpha, sigma = (
+            gather(level.to(t.device, widest_dtype(t.device)), t, x) for level in self._levels_above
+        )
         return {"sample": mix(alpha, x_start, sigma, eps), "pred_xstart": x_start}
 
     @cached_property
