@@ -114,9 +114,12 @@ def test_timesteps_are_uniform_and_noise_is_drawn_where_none_is_given() -> None:
 def test_labels_reach_the_network_in_loss_and_samples() -> None:
     images, t, noise = batch()
     model, labels = facade(), torch.tensor([0.0, 1.0, 2.0, 3.0])
-    losses = model(images, t=t, noise=noise, y=labels), model(images, t=t, noise=noise)
+    losses = model(images, t=t, noise=noise, model_kwargs={"y": labels}), model(images, t=t, noise=noise)
     assert abs((losses[0] - losses[1]).item()) > 0.1
-    samples = model.sample((4, 2, 3, 3), seed=0, y=labels), model.sample((4, 2, 3, 3), seed=0)
+    samples = (
+        model.sample((4, 2, 3, 3), seed=0, model_kwargs={"y": labels}),
+        model.sample((4, 2, 3, 3), seed=0),
+    )
     assert torch.equal(samples[0][0], samples[1][0])
     assert not torch.allclose(samples[0][1], samples[1][1], atol=1e-3)
 

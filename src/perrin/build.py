@@ -127,7 +127,7 @@ def build_model(config: RunConfig, facts: Facts) -> tuple[GaussianDiffusion, nn.
         network = build_network(
             config.network,
             facts,
-            learn_sigma=config.diffusion.var_type in ("learned", "learned-range"),
+            learn_sigma=diffusion.output_channels(1) > 1,
             conditional=config.data.conditional,
         )
     return diffusion, network

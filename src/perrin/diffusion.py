@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,15 +19,14 @@ from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import ForwardProcess, Step, at_least_float32, bits, filled, noise_like
 from perrin.gaussian import discretized_gaussian_log_likelihood, normal_kl, normal_log_likelihood
 from perrin.losses import LossType, loss_weights
-from perrin.parameterization import Denoised, ModelMeanType, Reverse, output_pair, reading
+from perrin.parameterization import Denoised, ModelMeanType, output_pair, reading
 from perrin.schedules import respaced_tables
-from perrin.tensors import Coefficient, cast, mean_flat, mix
+from perrin.tensors import Coefficient, in_dtype_of, mean_flat, mix
 from perrin.terms import BoundCurve, BoundTerms, PMeanVariance, TrainingTerms
 from perrin.variance import VARIANCES, ModelVarType
 
 Model = Callable[..., Tensor]
 CondFn = Callable[..., Tensor]
-T = TypeVar("T", float, Tensor)
 ModelKwargs = Mapping[str, Any] | None
 
 
@@ -66,13 +65,13 @@ class GaussianDiffusion(ForwardProcess):
         self._add_reading(*self._output_pair(), torch.arange(self.num_timesteps))
 
     def _output_pair(self) -> tuple[Tensor, Tensor]:
-        get = self.get_buffer
-        reverse = Reverse(
-            get("posterior_mean_coef1"), get("posterior_mean_coef2"), get("alphas_cumprod_prev").sqrt()
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        # The posterior mean (DDPM eq. 7) coef1 x_0 + coef2 (alpha x_0 + sigma eps).
+        previous = (
+            self.get_buffer("alphas_cumprod_prev").sqrt(),
+            self.get_buffer("posterior_mean_coef2") * sigma,
         )
-        a, b = output_pair(
-            self.model_mean_type, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, reverse
-        )
+        a, b = output_pair(self.model_mean_type, alpha, sigma, previous)
         return torch.as_tensor(a), torch.as_tensor(b)
 
     def _add_reading(self, a: Tensor, b: Tensor, timestep_map: Tensor) -> None:
@@ -81,7 +80,7 @@ class GaussianDiffusion(ForwardProcess):
         if not all(column.isfinite().all() for column in columns.values()):
             raise ArgumentError(
                 f"{self.model_mean_type.name} does not determine x_0 where x_t holds no signal (the last beta is "
-                "1, zero terminal SNR): use VELOCITY or START_X"
+                "1, zero terminal SNR): use VELOCITY, START_X or PREVIOUS_X"
             )
         self.add_tables({"target_xstart": a, "target_eps": b, "timestep_map": timestep_map} | columns)
 
@@ -111,20 +110,16 @@ class GaussianDiffusion(ForwardProcess):
 
         The training timestep as int64; in float32 where t is fractional, or rescaled to 0..1000 (IDDPM).
         """
+        scale = 1000 / self.original_num_timesteps if self.rescale_timesteps else 1
         if isinstance(t, Tensor):
             times = self.table("timestep_map", t.device)[t]
-            return self._rescaled(times.float()) if self.rescale_timesteps else times.long()
+            return times.float() * scale if self.rescale_timesteps else times.long()
         steps, before = self.floats["timestep_map"], int(t)
         time, fractional = steps[before], before != t
         if fractional:
             time += (t - before) * (steps[before + 1] - time)
-        if fractional or self.rescale_timesteps:
-            time = self._rescaled(time) if self.rescale_timesteps else time
-            return torch.full((len(x),), time, dtype=torch.float32, device=x.device)
-        return torch.full((len(x),), int(time), device=x.device)
-
-    def _rescaled(self, time: T) -> T:
-        return time * (1000 / self.original_num_timesteps)
+        dtype = torch.float32 if fractional or self.rescale_timesteps else torch.int64
+        return torch.full((len(x),), time * scale, dtype=dtype, device=x.device)
 
     def output(self, model: Model, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """The network's output at x_t, at least in the precision of ``x``.
@@ -173,7 +168,7 @@ class GaussianDiffusion(ForwardProcess):
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             raise ArgumentError(f"a PREVIOUS_X network knows whole timesteps only, got t = {t}")
         alpha, sigma = self.level(t, x)
-        pair = output_pair(self.model_mean_type, alpha, sigma, Reverse(0.0, 0.0, 0.0))
+        pair = output_pair(self.model_mean_type, alpha, sigma, (0.0, 0.0))
         rule = reading(*pair, alpha, sigma)._asdict()
         return rule[name + "_out"], mean, rule[name + "_x"], x
 
@@ -248,7 +243,9 @@ class GaussianDiffusion(ForwardProcess):
         model_kwargs: ModelKwargs = None,
     ) -> Tensor:
         """The mean moved by the variance times ``cond_fn(x, t)``, a gradient of log p(y | x_t) (ADM alg. 1)."""
-        return p_mean_var["mean"] + p_mean_var["variance"] * self.score(cond_fn, x, t, model_kwargs)
+        return p_mean_var["mean"] + p_mean_var["variance"] * self.classifier_gradient(
+            cond_fn, x, t, model_kwargs
+        )
 
     def condition_score(
         self,
@@ -259,11 +256,13 @@ class GaussianDiffusion(ForwardProcess):
         model_kwargs: ModelKwargs = None,
     ) -> PMeanVariance:
         """``p_mean_var`` of the score moved by ``cond_fn(x, t)``: x_0 and the mean to match (ADM alg. 2)."""
-        score = self.score(cond_fn, x, t, model_kwargs)
+        score = self.classifier_gradient(cond_fn, x, t, model_kwargs)
         x_start = mix(1.0, p_mean_var["pred_xstart"], self.pull(t, x), score)
         return {**p_mean_var, "pred_xstart": x_start, "mean": self.posterior_mean(x_start, x, t)}
 
-    def score(self, cond_fn: CondFn, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
+    def classifier_gradient(
+        self, cond_fn: CondFn, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None
+    ) -> Tensor:
         """``cond_fn`` at x_t and the time that the network sees."""
         return cond_fn(x, self.network_time(t, x), **(model_kwargs or {}))
 
@@ -298,7 +297,7 @@ class GaussianDiffusion(ForwardProcess):
     ) -> BoundTerms:
         denoised = self.read(output, x_t, t, clip_denoised=clip_denoised)
         mean, log_variance = self.reverse(denoised, x_t, t)
-        nats = self._term_nats(x_start, x_t, t, mean, cast(log_variance, x_t))
+        nats = self._term_nats(x_start, x_t, t, mean, in_dtype_of(log_variance, x_t))
         return {"output": bits(nats), "pred_xstart": denoised.x_start}
 
     def _term_nats(
@@ -320,7 +319,7 @@ class GaussianDiffusion(ForwardProcess):
     def _kl_nats(
         self, x_start: Tensor, x_t: Tensor, t: Step, mean: Tensor, log_variance: Coefficient
     ) -> Tensor:
-        true_log_variance = cast(self.at("posterior_log_variance_clipped", t, x_t), x_t)
+        true_log_variance = in_dtype_of(self.at("posterior_log_variance_clipped", t, x_t), x_t)
         true_mean = self.posterior_mean(x_start, x_t, t)
         return mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
 

@@ -15,7 +15,7 @@ from perrin.errors import ShapeError
 from perrin.gaussian import normal_kl
 from perrin.noise import Level, level_between
 from perrin.schedules import tables
-from perrin.tensors import Coefficient, Tables, cast, mean_flat, mix
+from perrin.tensors import Coefficient, Tables, in_dtype_of, mean_flat, mix
 
 Step = int | Tensor
 
@@ -39,7 +39,7 @@ class ForwardProcess(Tables):
         """Mean, variance and log-variance of q(x_t | x_0), each shaped like ``x_start`` (DDPM eq. 4)."""
         sigma = self.at("sqrt_one_minus_alphas_cumprod", t, x_start)
         log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
-        mean = x_start * cast(self.at("sqrt_alphas_cumprod", t, x_start), x_start)
+        mean = x_start * in_dtype_of(self.at("sqrt_alphas_cumprod", t, x_start), x_start)
         return mean, filled(sigma**2, x_start), filled(log_variance, x_start)
 
     def q_sample(self, x_start: Tensor, t: Step, noise: Tensor | None = None) -> Tensor:
@@ -66,7 +66,7 @@ class ForwardProcess(Tables):
         """`level` at one number for the whole batch."""
         if isinstance(t, int):
             return Level(
-                self.floats["sqrt_alphas_cumprod"][t], self.floats["sqrt_one_minus_alphas_cumprod"][t]
+                self.number("sqrt_alphas_cumprod", t), self.number("sqrt_one_minus_alphas_cumprod", t)
             )
         before = int(t)
         return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)

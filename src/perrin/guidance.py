@@ -56,4 +56,4 @@ class MeanGuided:
 
 
 def _score(denoiser: DiffusionDenoiser, cond_fn: CondFn, x: Tensor, t: Time) -> Tensor:
-    return denoiser.diffusion.score(cond_fn, x, denoiser.step(t), denoiser.model_kwargs)
+    return denoiser.diffusion.classifier_gradient(cond_fn, x, denoiser.step(t), denoiser.model_kwargs)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perrin.diffusion import GaussianDiffusion
+from perrin.diffusion import GaussianDiffusion, ModelKwargs
 from perrin.errors import ArgumentError
-from perrin.losses import LossType
+from perrin.losses import HYBRID_SHARE, LossType
 from perrin.parameterization import ModelMeanType
 from perrin.samplers import SamplerDDIM, SamplerDDPM
 from perrin.schedules import get_named_beta_schedule
-from perrin.variance import ModelVarType
+from perrin.variance import VARIANCES, ModelVarType
 
 
 class LearnedGaussianDiffusion(nn.Module):
@@ -40,7 +40,7 @@ class LearnedGaussianDiffusion(nn.Module):
         super().__init__()
         if not vb_loss_weight >= 0:
             raise ArgumentError(f"vb_loss_weight must not be negative, got {vb_loss_weight}")
-        if model_var_type not in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
+        if VARIANCES[model_var_type].extra_channels == 0:
             raise ArgumentError(f"model_var_type must be LEARNED or LEARNED_RANGE, got {model_var_type.name}")
         self.model = model
         self.vb_loss_weight = vb_loss_weight
@@ -53,7 +53,12 @@ class LearnedGaussianDiffusion(nn.Module):
         )
 
     def forward(
-        self, images: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None, **model_kwargs: Tensor
+        self,
+        images: Tensor,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        model_kwargs: ModelKwargs = None,
     ) -> Tensor:
         """The loss () of ``images`` (B, C, ...) in [-1, 1], at uniformly drawn timesteps unless ``t`` (B,) is given.
 
@@ -62,8 +67,7 @@ class LearnedGaussianDiffusion(nn.Module):
         if t is None:
             t = torch.randint(self.diffusion.num_timesteps, (len(images),), device=images.device)
         terms = self.diffusion.training_losses(self.model, images, t, model_kwargs, noise)
-        # RESCALED_MSE has weighed the bound by T / 1000, a share of 0.001.
-        return (terms["mse"] + self.vb_loss_weight / 0.001 * terms["vb"]).mean()
+        return (terms["mse"] + self.vb_loss_weight / HYBRID_SHARE * terms["vb"]).mean()
 
     def sample(
         self,
@@ -73,7 +77,7 @@ class LearnedGaussianDiffusion(nn.Module):
         eta: float | None = None,
         seed: int | None = None,
         clip_denoised: bool = True,
-        **model_kwargs: Tensor,
+        model_kwargs: ModelKwargs = None,
     ) -> Tensor:
         """Samples of ``shape`` (B, C, ...): ancestral with the learned variance, or by DDIM if ``eta`` is given."""
         sampler = (

@@ -21,24 +21,22 @@ class ModelMeanType(Enum):
     VELOCITY = "velocity"
 
 
-class Reverse(NamedTuple):
-    """The posterior q(x_s | x_t, x_0): its mean is ``coef1 x_0 + coef2 x_t`` (DDPM eq. 7), and alpha at s."""
-
-    coef1: Coefficient
-    coef2: Coefficient
-    alpha_s: Coefficient
-
-
 def output_pair(
-    mean_type: ModelMeanType, alpha: Coefficient, sigma: Coefficient, reverse: Reverse
+    mean_type: ModelMeanType,
+    alpha: Coefficient,
+    sigma: Coefficient,
+    previous: tuple[Coefficient, Coefficient],
 ) -> tuple[Coefficient, Coefficient]:
-    """(a, b) where x_t = ``alpha`` x_0 + ``sigma`` eps: the network predicts ``a x_0 + b eps``."""
+    """(a, b) where x_t = ``alpha`` x_0 + ``sigma`` eps: the network predicts ``a x_0 + b eps``.
+
+    ``previous`` is the pair of PREVIOUS_X, which depends on the step before too.
+    """
     zero, one = 0.0 * alpha, 0.0 * alpha + 1.0
     return {
         ModelMeanType.EPSILON: (zero, one),
         ModelMeanType.START_X: (one, zero),
         ModelMeanType.VELOCITY: (-sigma, alpha),  # arXiv:2202.00512, appendix D
-        ModelMeanType.PREVIOUS_X: (reverse.alpha_s, reverse.coef2 * sigma),  # DDPM eq. 7
+        ModelMeanType.PREVIOUS_X: previous,
     }[mean_type]
 
 

@@ -34,7 +34,7 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return append_dims(table[t], like.ndim)
 
 
-def cast(a: Coefficient, x: Tensor) -> Coefficient:
+def in_dtype_of(a: Coefficient, x: Tensor) -> Coefficient:
     """``a`` as it enters arithmetic with ``x``: a tensor in the dtype of ``x``, a float as it is."""
     return a.to(x.dtype) if isinstance(a, Tensor) else a
 
@@ -46,7 +46,7 @@ def scale(a: Coefficient, x: Tensor) -> Tensor:
 
 def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
     """``a x + c`` in the dtype of ``x``, always a new tensor."""
-    return scale(a, x).add_(cast(c, x))
+    return scale(a, x).add_(in_dtype_of(c, x))
 
 
 def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
@@ -103,9 +103,14 @@ class Tables(nn.Module):
         if isinstance(t, Tensor):
             constant = self.constants.get(name)
             return gather(self.table(name, t.device), t, like) if constant is None else constant
-        if not 0 <= t < len(self.floats[name]):
-            raise ArgumentError(f"t must be from 0 to {len(self.floats[name]) - 1}, got {t}")
-        return self.floats[name][t]
+        return self.number(name, t)
+
+    def number(self, name: str, t: int) -> float:
+        """Entry ``t`` of table ``name``. Raises `ArgumentError` unless 0 <= t < T."""
+        numbers = self.floats[name]
+        if not 0 <= t < len(numbers):
+            raise ArgumentError(f"t must be from 0 to {len(numbers) - 1}, got {t}")
+        return numbers[t]
 
     def table(self, name: str, device: torch.device) -> Tensor:
         """The table ``name`` on ``device``, to which all of them move if they are elsewhere: they follow their t."""
@@ -114,6 +119,8 @@ class Tables(nn.Module):
         return self.get_buffer(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         device = fn(torch.zeros((), dtype=torch.float32)).device
         dtype = widest_dtype(device)
         for name, values in self.floats.items():

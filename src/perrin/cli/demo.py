@@ -58,7 +58,7 @@ def run(args: Sequence[str]) -> None:
         model,
         session.dataset,
         held_out.tolist(),
-        out=model.folder.likelihood_path,
+        out=model.folder.likelihood_path(),
         batch_size=len(held_out),
     )
     figures = figures_of(model, event, found, baseline(session.dataset, train.tolist(), held_out.tolist()))
@@ -98,7 +98,7 @@ def baseline(dataset: Dataset, train: list[int], held_out: list[int]) -> tuple[f
     """Bits/dim of the held-out digits under a histogram per pixel, and its standard error."""
     from perrin.evaluation.baseline import histogram_bpd
 
-    return histogram_bpd(dataset.values[train], dataset.values[held_out], dataset.facts.levels or 0)
+    return histogram_bpd(dataset.values[train], dataset.values[held_out], int(dataset.values.max()) + 1)
 
 
 def figures_of(

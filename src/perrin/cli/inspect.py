@@ -87,7 +87,8 @@ def describe(figures: dict[str, Any]) -> list[str]:
         f"shape        {tuple(data['shape'])}, {data['levels'] or 'continuous'} levels, "
         f"{len(names) if names else 'no'} classes",
         f"parameters   {figures['parameters']:,}",
-        f"log-SNR      {figures['log_snr_first']:.2f} at first, {_shown(figures['log_snr_last'])} at last",
+        f"log-SNR      {figures['log_snr_first']:.2f} at first, "
+        f"{'-inf' if figures['log_snr_last'] is None else _shown(figures['log_snr_last'])} at last",
         f"first sigma  {figures['sigma_first']:.5f}"
         + ("" if half_bins is None else f" = {half_bins:.2f} half-bins"),
         f"checkpoints  {', '.join(map(str, figures['checkpoints'])) or 'none yet'}",
@@ -100,5 +101,5 @@ def describe(figures: dict[str, Any]) -> list[str]:
 
 def _shown(value: float | int | None) -> str:
     if value is None:
-        return "-inf"
+        return "unknown"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -45,7 +45,7 @@ class Options:
     weights: str | None = None
     """Which weights: `model`, or an average such as `ema-0.9999`; by default the first average."""
     out: Path | None = None
-    """CSV table to write; by default likelihood.csv in the run's folder."""
+    """CSV table to write; by default likelihood.csv, or likelihood-DATA.csv, in the run's folder."""
     device: DeviceName = "auto"
     """Where to compute."""
     json: bool = False
@@ -87,7 +87,7 @@ def run(args: Sequence[str]) -> None:
     if options.data is None:
         indices = split(len(dataset), model.folder.config.data.held_out)[1].tolist()
     indices = indices[: options.limit]
-    out = options.out or model.folder.likelihood_path
+    out = options.out or model.folder.likelihood_path(options.data)
     note(f"measuring {len(indices)} examples with weights {model.weights} of step {model.step}")
     figures = measure(
         model,

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from perrin.data import Facts, write_grid, write_image
 from perrin.data.decode import decode
 from perrin.errors import RunError
-from perrin.files import written_aside
+from perrin.files import write_text, written_aside
 
 MAX_IN_GRID = 400
 _SETTINGS = "settings.json"
@@ -125,12 +126,19 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make ``folder`` the place of these settings."""
     record = folder / _SETTINGS
     if record.exists():
-        _agree(folder, json.loads(record.read_text(encoding="utf-8")), settings)
+        _agree(folder, _settings_in(record), settings)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} exists and was not made by perrin sample: choose another place")
-    with written_aside(record) as aside:
-        aside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(record, json.dumps(settings, indent=2) + "\n")
+
+
+def _settings_in(record: Path) -> Mapping[str, Any]:
+    try:
+        settings: Mapping[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return settings
+    except (OSError, ValueError) as error:
+        raise RunError(f"{record} is damaged ({error}): choose another place") from None
 
 
 def _agree(place: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -146,5 +154,5 @@ def _settings_within(file: Path) -> Mapping[str, Any]:
         with np.load(file, allow_pickle=False) as archive:
             settings: Mapping[str, Any] = json.loads(str(archive["settings"]))
             return settings
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, BadZipFile):
         raise RunError(f"{file} exists and was not made by perrin sample: choose another file") from None

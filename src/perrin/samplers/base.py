@@ -165,7 +165,12 @@ class Sampler(ABC):
             x = state["sample"]
 
     def times_at(self, t: Tensor, ndim: int, later: int = 0) -> Tensor:
-        """The times of the chain's steps ``t`` (B,), or ``later`` steps up, shaped to broadcast; -1 is CLEAN."""
+        """The times of the chain's steps ``t`` (B,), or ``later`` steps up, shaped to broadcast; -1 is CLEAN.
+
+        Raises `ArgumentError` unless 0 <= t < steps, where looking is free: on the CPU.
+        """
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t < len(self.times) - 1)).all()):
+            raise ArgumentError(f"t must be from 0 to {len(self.times) - 2}, got {t.tolist()}")
         ascending = torch.tensor(self.times[::-1], device=t.device)
         return ascending[t + 1 + later].reshape((-1,) + (1,) * (ndim - 1))
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
 from perrin.diffusion import CondFn, GaussianDiffusion, Model, ModelKwargs
+from perrin.errors import ArgumentError
 from perrin.forward import Step, noise_like
 from perrin.guidance import MeanGuided
 from perrin.samplers.base import Draw, Sample, Sampler
@@ -27,16 +29,18 @@ class SamplerDDPM(Sampler):
         return self.diffusion.respaced(self.times[:-1])
 
     @cached_property
-    def _index(self) -> dict[Time, int]:
-        return {time: i for i, time in enumerate(self.times[-2::-1])}
+    def _index(self) -> dict[tuple[Time, Time], int]:
+        return {pair: i for i, pair in enumerate(reversed(list(pairwise(self.times))))}
 
     def guide(self, denoiser: DiffusionDenoiser, cond_fn: CondFn) -> Denoiser:
         """``denoiser`` whose step moves its mean along the classifier's gradient."""
         return MeanGuided(denoiser, cond_fn)
 
     def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
-        """From ``x`` at time ``t`` to the earlier time ``s``, the next one of the chain."""
-        return self._ancestral(denoise, x, t, self._index[t], draw)
+        """From ``x`` at time ``t`` to the earlier time ``s``, the next of `times`; else `ArgumentError`."""
+        if (t, s) not in self._index:
+            raise ArgumentError(f"t and s must be neighbours in the sampler's times, got {t} and {s}")
+        return self._ancestral(denoise, x, t, self._index[t, s], draw)
 
     def p_sample(
         self,

@@ -108,10 +108,9 @@ class RunFolder:
         """The picture of the latest samples."""
         return self.path / "samples.png"
 
-    @property
-    def likelihood_path(self) -> Path:
-        """The table of bits per dimension, one row per held-out example."""
-        return self.path / "likelihood.csv"
+    def likelihood_path(self, data: str | None = None) -> Path:
+        """The table of bits per dimension, one row per example of ``data``, by default the held-out part."""
+        return self.path / ("likelihood.csv" if data is None else f"likelihood-{Path(data).stem}.csv")
 
     def report_path(self, suffix: str) -> Path:
         """What was reached, in words (``.md``) or figures (``.json``)."""
