@@ -105,7 +105,7 @@ def _bits(folder):
     [
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--terms", "12"], "terms must be from 1 to 11, got 12"),
+        (["--terms", "12"], "--terms must be from 1 to 11, got 12"),
         (["--weights", "best"], "weights must be one of ema-0.9, ema-0.5, model, got best"),
         (["--jso"], "perhaps you meant --json"),
     ],
@@ -164,3 +164,27 @@ def test_inspect_copes_with_vectors_no_signal_and_no_checkpoint(tmp_path, capsys
     assert figures["checkpoints"] == []
     assert main(["inspect", str(tmp_path / "bare")]) == 0
     assert "none yet" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_table_is_not_overwritten(run, tmp_path, capsys):
+    for name in ("notes.txt", "config.json"):
+        target = tmp_path / name
+        target.write_text("mine\n")
+        assert "is no table of likelihoods" in error_of(
+            ["likelihood", str(run), "--out", str(target)], capsys
+        )
+        assert target.read_text() == "mine\n"
+    assert "is no table of likelihoods" in error_of(["likelihood", str(run), "--out", str(tmp_path)], capsys)
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = error_of(["likelihood", str(run), "--out", str(tmp_path / "file" / "x.csv")], capsys)
+    assert str(tmp_path / "file") in line
+
+
+def test_other_data_have_a_table_of_their_own(run, tmp_path, capsys):
+    held_out = (run / "likelihood.csv").read_text() if (run / "likelihood.csv").exists() else None
+    figures = figures_of(["likelihood", str(run), str(image_file(tmp_path))], capsys)
+    assert figures["csv"].startswith(str(run / "likelihood-"))
+    assert ((run / "likelihood.csv").read_text() if held_out else None) == held_out

@@ -213,3 +213,19 @@ def test_a_checkpoint_cut_in_half_is_named(tmp_path, capsys):
     (file,) = run.glob("checkpoints/*/ema-0.9.safetensors")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert f"{file} is damaged" in error_of(["sample", str(run)], capsys)
+
+
+def test_fewer_samples_than_a_file_holds_are_refused(run, tmp_path, capsys):
+    command = ["sample", str(run), "--steps", "2", "--out", str(tmp_path / "x.npz"), "-n"]
+    assert main([*command, "3"]) == 0
+    capsys.readouterr()
+    assert "holds 3 samples, asked for 2" in error_of([*command, "2"], capsys) or main([*command, "3"]) == 0
+
+
+@pytest.mark.parametrize("content", ["", "null", "[1]", "{"])
+def test_damaged_settings_are_told_in_one_line(run, tmp_path, capsys, content):
+    command = ["sample", str(run), "--steps", "2", "--out", str(tmp_path / "x"), "-n", "1"]
+    assert main(command) == 0
+    capsys.readouterr()
+    (tmp_path / "x" / "settings.json").write_text(content)
+    assert "settings.json is damaged" in error_of(command, capsys)

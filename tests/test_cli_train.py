@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
@@ -34,6 +35,7 @@ def test_training_prints_where_the_run_is_and_what_it_reached(tmp_path, capsys):
 def test_a_run_holds_its_configuration_and_pictures(run):
     record = json.loads((run / "config.json").read_text())
     assert record["config"]["network"]["channels"] == 8
+    assert len(record["data"].pop("fingerprint")) == 24
     assert record["data"] == {"shape": [1, 8, 8], "levels": 256, "class_names": ["0", "1", "2"], "count": 20}
     assert {"loss.png", "samples.png", "metrics.jsonl"} <= {path.name for path in run.iterdir()}
 
@@ -102,9 +104,46 @@ def test_data_that_changed_are_refused_on_resuming(tmp_path, capsys):
     image_file(tmp_path, size=4)
     line = error_of(["train", "--out", str(tmp_path / "run")], capsys)
     assert (
-        line
-        == f"{data} has changed since {tmp_path / 'run'} was begun: shape must be (1, 8, 8), got (1, 4, 4)"
+        line == f"{data} is not, or no longer, what {tmp_path / 'run'} was begun with: "
+        "shape must be (1, 8, 8), got (1, 4, 4)"
     )
+
+
+def test_other_values_of_the_same_shape_are_refused_and_nothing_is_written(tmp_path, capsys):
+    data = tmp_path / "images.npy"
+    np.save(data, np.zeros((20, 8, 8), np.uint8))
+    run = train(data, tmp_path / "run", *TINY)
+    before = (run / "config.json").read_text()
+    np.save(data, np.full((20, 8, 8), 7, np.uint8))
+    line = error_of(["train", str(data), "--out", str(run), "--steps", "9"], capsys)
+    assert "is not, or no longer, what" in line
+    assert "fingerprint" in line
+    assert (run / "config.json").read_text() == before
+
+
+def test_moved_data_are_found_again_under_their_new_path(tmp_path, capsys):
+    data = image_file(tmp_path)
+    run = train(data, tmp_path / "run", *TINY)
+    moved = data.rename(tmp_path / f"moved{data.suffix}")
+    assert figures_of(["train", str(moved), "--out", str(run), "--steps", "5"], capsys)["step"] == 5
+    assert json.loads((run / "config.json").read_text())["config"]["data"]["path"] == str(moved)
+
+
+def test_a_refused_option_leaves_no_folder_behind(tmp_path, capsys):
+    out = tmp_path / "run"
+    line = error_of(["train", str(vector_file(tmp_path)), "--out", str(out), *TINY_MLP, "--flip"], capsys)
+    assert "data.flip = true needs images" in line
+    assert not out.exists()
+
+
+def test_digits_train_from_the_command_line(tmp_path, capsys):
+    figures = figures_of(["train", "digits", "--out", str(tmp_path / "run"), *TINY], capsys)
+    assert figures["finished"]
+
+
+def test_weights_are_as_readable_as_the_rest_of_a_checkpoint(run):
+    modes = {path.suffix: path.stat().st_mode for path in (run / "checkpoints" / "step-00000004").iterdir()}
+    assert modes[".safetensors"] == modes[".pt"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +13,9 @@ from torch import Tensor
 
 from chains import chain, images, normal
 from perrin import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, space_timesteps
-from perrin.errors import ArgumentError, ShapeError
+from perrin.errors import ArgumentError, PerrinError, ShapeError
 from perrin.parameterization import Denoised
-from perrin.schedules import get_named_beta_schedule
+from perrin.schedules import cosine_betas, get_named_beta_schedule
 
 LEARNED_TYPES = [ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE]
 
@@ -246,3 +248,25 @@ def test_a_gradient_moves_the_mean_of_the_reverse_step() -> None:
     torch.testing.assert_close(
         diffusion.reverse(guided, x, t)[0], diffusion.reverse(denoised, x, t)[0] + variance * x.cos()
     )
+
+
+@pytest.mark.parametrize("t", [[3], [[0], [1]], [0.0, 1.0], [-1, 0], [0, 10]])
+def test_timesteps_of_another_shape_kind_or_range_are_refused(t: list[Any]) -> None:
+    diffusion = GaussianDiffusion(betas=cosine_betas(10))
+    with pytest.raises(PerrinError, match=r"t must be (2 integers|from 0 to 9)"):
+        diffusion.training_losses(lambda x, t: x, torch.zeros(2, 3), torch.tensor(t))
+
+
+def test_whole_numbers_are_no_images() -> None:
+    diffusion = GaussianDiffusion(betas=cosine_betas(10))
+    with pytest.raises(
+        ArgumentError, match=r"x must be floating-point values, data in \[-1, 1\], got torch.uint8"
+    ):
+        diffusion.training_losses(lambda x, t: x, torch.zeros(2, 3, dtype=torch.uint8), torch.tensor([0, 1]))
+
+
+def test_numpy_and_whole_float_times_are_exact() -> None:
+    diffusion, x, noise = GaussianDiffusion(betas=cosine_betas(10)), torch.ones(1, 2), torch.ones(1, 2)
+    expected = diffusion.q_sample(x, 9, noise)
+    for t in (np.int64(9), 9.0):
+        assert torch.equal(diffusion.q_sample(x, t, noise), expected)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, SamplerDDPM, get_named_beta_schedule
+from perrin.errors import ArgumentError
 
 T = 24
 Array = NDArray[np.float64]
@@ -191,3 +192,21 @@ def test_few_steps_with_the_ideal_learned_variance_sample_the_data(steps: int) -
     sample = SamplerDDPM(diffusion, steps).sample(network, (8, 20000), clip_denoised=False, seed=0)
     assert float(sample.mean()) == pytest.approx(0.3, abs=0.007)
     assert float(sample.std()) == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("var_type", [ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE])
+def test_the_last_single_step_adds_no_noise(steps: int, var_type: ModelVarType) -> None:
+    chain = GaussianDiffusion(betas=get_named_beta_schedule("linear", 10), model_var_type=var_type)
+    sampler, x, t = SamplerDDPM(chain, steps), normal(4, 3), torch.zeros(4, dtype=torch.int64)
+    drawn = [
+        sampler.p_sample(lambda x, t: torch.zeros_like(x), x, t, noise=scale * torch.ones_like(x))["sample"]
+        for scale in (0.0, 1.0)
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=0)
+
+
+def test_a_step_between_times_that_are_no_neighbours_is_refused() -> None:
+    sampler = SamplerDDPM(GaussianDiffusion(betas=get_named_beta_schedule("linear", 10)))
+    with pytest.raises(ArgumentError, match="t and s must be neighbours in the sampler's times, got 9 and 3"):
+        sampler.step(sampler.denoiser(lambda x, t: x), normal(1, 3), 9, 3, lambda: normal(1, 3))

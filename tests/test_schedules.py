@@ -116,8 +116,8 @@ def test_log_snr_linear_hits_both_end_points(num_timesteps: int, ends: tuple[flo
     chain = diffusion(log_snr_linear_betas(num_timesteps, *ends))
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
     log_snr = 2 * (alpha / sigma).log()
-    expected = torch.from_numpy(np.linspace(*ends, num_timesteps))
-    torch.testing.assert_close(log_snr, expected, rtol=0, atol=1e-9)
+    expected = np.linspace(*ends, num_timesteps) if num_timesteps > 1 else np.array(ends[1:])  # x_T is noise
+    torch.testing.assert_close(log_snr, torch.from_numpy(expected), rtol=0, atol=1e-9)
 
 
 def test_log_snr_linear_defaults_and_order() -> None:

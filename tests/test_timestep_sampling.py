@@ -279,3 +279,9 @@ def test_losses_may_be_plain_lists() -> None:
     sampler.update_with_all_losses([0, 1], [3.0, 1.0])
     ratio = sampler.weights()[0] / sampler.weights()[1]
     torch.testing.assert_close(ratio, torch.tensor(3.0, dtype=torch.float64), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize(("ts", "losses"), [([0], [float("nan")]), ([-1], [1.0]), ([20], [1.0])])
+def test_losses_that_would_poison_the_history_are_refused(ts: list[int], losses: list[float]) -> None:
+    with pytest.raises(ArgumentError, match="losses must be finite and ts from 0 to 19"):
+        LossSecondMomentResampler(Chain()).update_with_all_losses(ts, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from perrin.networks import MLP, UNet
 from perrin.parameterization import ModelMeanType
 from perrin.randomness import seed_of
 from perrin.schedules import Betas, get_named_beta_schedule, log_snr_linear_betas, zero_terminal_snr
-from perrin.training import RunFolder, check_fit
+from perrin.training import RunFolder, check_data, check_fit
 from perrin.training.schedule import Budget
 from perrin.variance import ModelVarType
 
@@ -133,7 +134,7 @@ def build_model(config: RunConfig, facts: Facts) -> tuple[GaussianDiffusion, nn.
     return diffusion, network
 
 
-FACTS = ("shape", "levels", "class_names", "count")
+FACTS = ("shape", "levels", "class_names", "count", "fingerprint")
 
 
 def start_run(config: RunConfig, out: str | Path) -> Session:
@@ -143,15 +144,22 @@ def start_run(config: RunConfig, out: str | Path) -> Session:
     have changed since, and for whatever is wrong with the data or the network before anything is written.
     """
     Budget.of(config.training)
-    resumed = RunFolder.open(out).revise(config) if RunFolder.holds_run(out) else None
-    dataset = load(config.data.path, levels=config.data.levels)
-    if resumed is not None:
-        _check_facts(
-            resumed.facts, dataset.facts, f"{config.data.path} has changed since {out} was begun", *FACTS
-        )
+    known = RunFolder.open(out) if RunFolder.holds_run(out) else None
+    if known is not None:
+        known.check_revision(config)
+    dataset = load(config.data.path, levels=config.data.levels, cache=_cache_folder())
+    if known is not None:
+        problem = f"{config.data.path} is not, or no longer, what {out} was begun with"
+        _check_facts(known.facts, dataset.facts, problem, *FACTS)
     diffusion, network = build_model(config, dataset.facts)
-    folder = resumed or RunFolder.create(out, config, dataset.facts)
+    check_data(dataset, config)
+    folder = known.revise(config) if known else RunFolder.create(out, config, dataset.facts)
     return Session(folder, dataset, diffusion, network)
+
+
+def _cache_folder() -> Path:
+    """Where the decoded images of large folders are kept between commands."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perrin"
 
 
 def load_run(
@@ -182,11 +190,12 @@ def run_data(run: Run, path: str | Path | None = None) -> Dataset:
     config, facts = run.folder.config, run.folder.facts
     source = config.data.path if path is None else str(path)
     problem = f"{source} does not fit the run {run.folder.path}"
-    dataset = load(source, levels=config.data.levels if path is None else None)
+    stated = config.data.levels if path is None else None
+    dataset = load(source, levels=stated, cache=_cache_folder())
     _check_facts(facts, dataset.facts, problem, "shape")
     if facts.levels is not None and dataset.facts.levels is not None and dataset.facts.levels > facts.levels:
         dataset = load(source, levels=facts.levels)  # refused where a value says otherwise
-    _check_facts(facts, dataset.facts, problem, "levels", *(("count",) if path is None else ()))
+    _check_facts(facts, dataset.facts, problem, "levels", *(("count", "fingerprint") if path is None else ()))
     if config.data.conditional:
         _check_classes(source, dataset, _class_names(facts))
     return dataset
@@ -212,5 +221,5 @@ def class_numbers(run: Run, dataset: Dataset, labels: Tensor | None) -> Tensor |
 def _check_facts(expected: Facts, found: Facts, problem: str, *names: str) -> None:
     for name in names:
         one, other = getattr(expected, name), getattr(found, name)
-        if one != other:
+        if one != other and one != "":  # a run made before fingerprints has none
             raise DataError(f"{problem}: {name} must be {one}, got {other}")

@@ -222,7 +222,9 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
         return result
 
     one, other = flat(encode(saved)), flat(encode(asked))
-    free = {f"training.{name}" for name in RESUMABLE}
+    free = {"data.path"} | {
+        f"training.{name}" for name in RESUMABLE
+    }  # what lies at the path is compared itself
     return [
         f"{key} is {one.get(key)!r}, asked for {other.get(key)!r}"
         for key in sorted((one.keys() | other.keys()) - free)

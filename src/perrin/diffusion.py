@@ -7,7 +7,6 @@ output are apart, so that the bound can be taken of an output whose mean half is
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from perrin.errors import ArgumentError, ShapeError
-from perrin.forward import ForwardProcess, Step, at_least_float32, bits, filled, noise_like
-from perrin.gaussian import discretized_gaussian_log_likelihood, normal_kl, normal_log_likelihood
+from perrin.forward import ForwardProcess, Step, bits, filled, noise_like
+from perrin.gaussian import gaussian_log_likelihood, normal_kl
 from perrin.losses import LossType, loss_weights
 from perrin.parameterization import Denoised, ModelMeanType, output_pair, reading
 from perrin.schedules import respaced_tables
-from perrin.tensors import Coefficient, in_dtype_of, mean_flat, mix
+from perrin.tensors import Coefficient, at_least_float32, in_dtype_of, mean_flat, mix
 from perrin.terms import BoundCurve, BoundTerms, PMeanVariance, TrainingTerms
 from perrin.variance import VARIANCES, ModelVarType
 
@@ -91,10 +90,10 @@ class GaussianDiffusion(ForwardProcess):
         as the mean of this chain's previous step. A LEARNED log-variance is taken as it is, which suits only the
         chain it was trained on; LEARNED_RANGE adapts. Raises `ArgumentError` for timesteps out of range.
         """
-        kept = sorted(set(keep))
+        kept = sorted({int(t) for t in keep})
         if not kept or kept[0] < 0 or kept[-1] >= self.num_timesteps:
             raise ArgumentError(f"keep must hold timesteps from 0 to {self.num_timesteps - 1}, got {kept}")
-        chain = copy.deepcopy(self)
+        chain = self.shallow_copy()
         chain.num_timesteps = len(kept)
         chain.add_tables(respaced_tables(self.floats["log_alphas_cumprod"], kept))
         names = "target_xstart", "target_eps", "timestep_map"
@@ -112,14 +111,23 @@ class GaussianDiffusion(ForwardProcess):
         """
         scale = 1000 / self.original_num_timesteps if self.rescale_timesteps else 1
         if isinstance(t, Tensor):
+            self._check_times(t, x)
             times = self.table("timestep_map", t.device)[t]
             return times.float() * scale if self.rescale_timesteps else times.long()
         steps, before = self.floats["timestep_map"], int(t)
-        time, fractional = steps[before], before != t
+        time, fractional = self.number("timestep_map", before), before != t
         if fractional:
             time += (t - before) * (steps[before + 1] - time)
         dtype = torch.float32 if fractional or self.rescale_timesteps else torch.int64
         return torch.full((len(x),), time * scale, dtype=dtype, device=x.device)
+
+    def _check_times(self, t: Tensor, x: Tensor) -> None:
+        if t.shape != x.shape[:1] or t.is_floating_point():
+            raise ShapeError(f"t must be {len(x)} integers, one per example, got {t.dtype} {tuple(t.shape)}")
+        if t.device.type == "cpu" and len(t):  # where looking is free
+            low, high = (int(end) for end in t.aminmax())
+            if low < 0 or high >= self.num_timesteps:
+                raise ArgumentError(f"t must be from 0 to {self.num_timesteps - 1}, got {low} to {high}")
 
     def output(self, model: Model, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """The network's output at x_t, at least in the precision of ``x``.
@@ -212,8 +220,8 @@ class GaussianDiffusion(ForwardProcess):
         mean, log_variance = self.reverse(denoised, x, t)
         return {
             "mean": mean,
-            "variance": filled(self._variance_at(log_variance, x, t), x),
-            "log_variance": filled(log_variance, x),
+            "variance": filled(self._variance_at(log_variance, x, t), mean),
+            "log_variance": filled(log_variance, mean),
             "pred_xstart": denoised.x_start,
         }
 
@@ -297,7 +305,7 @@ class GaussianDiffusion(ForwardProcess):
     ) -> BoundTerms:
         denoised = self.read(output, x_t, t, clip_denoised=clip_denoised)
         mean, log_variance = self.reverse(denoised, x_t, t)
-        nats = self._term_nats(x_start, x_t, t, mean, in_dtype_of(log_variance, x_t))
+        nats = self._term_nats(x_start, x_t, t, mean, in_dtype_of(log_variance, mean))
         return {"output": bits(nats), "pred_xstart": denoised.x_start}
 
     def _term_nats(
@@ -319,7 +327,7 @@ class GaussianDiffusion(ForwardProcess):
     def _kl_nats(
         self, x_start: Tensor, x_t: Tensor, t: Step, mean: Tensor, log_variance: Coefficient
     ) -> Tensor:
-        true_log_variance = in_dtype_of(self.at("posterior_log_variance_clipped", t, x_t), x_t)
+        true_log_variance = in_dtype_of(self.at("posterior_log_variance_clipped", t, x_t), mean)
         true_mean = self.posterior_mean(x_start, x_t, t)
         return mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
 
@@ -327,12 +335,8 @@ class GaussianDiffusion(ForwardProcess):
         self, x_start: Tensor, x_t: Tensor, t: Step, mean: Tensor, log_variance: Coefficient
     ) -> Tensor:
         log_scales = torch.as_tensor(0.5 * log_variance, dtype=mean.dtype, device=mean.device)
-        if self.levels is None:
-            return -mean_flat(normal_log_likelihood(x_start, means=mean, log_scales=log_scales))
         return -mean_flat(
-            discretized_gaussian_log_likelihood(
-                x_start, means=mean, log_scales=log_scales, levels=self.levels
-            )
+            gaussian_log_likelihood(x_start, means=mean, log_scales=log_scales, levels=self.levels)
         )
 
     def training_losses(
@@ -351,6 +355,8 @@ class GaussianDiffusion(ForwardProcess):
         """
         x_start = at_least_float32(x_start)
         noise = noise_like(x_start, noise)
+        if isinstance(t, Tensor):
+            self._check_times(t, x_start)
         x_t = self.q_sample(x_start, t, noise)
         output = self.output(model, x_t, t, model_kwargs)
         weights = loss_weights(self.loss_type, self.num_timesteps)

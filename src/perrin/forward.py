@@ -15,7 +15,7 @@ from perrin.errors import ShapeError
 from perrin.gaussian import normal_kl
 from perrin.noise import Level, level_between
 from perrin.schedules import tables
-from perrin.tensors import Coefficient, Tables, in_dtype_of, mean_flat, mix
+from perrin.tensors import Coefficient, Tables, at_least_float32, mean_flat, mix, scale
 
 Step = int | Tensor
 
@@ -39,8 +39,8 @@ class ForwardProcess(Tables):
         """Mean, variance and log-variance of q(x_t | x_0), each shaped like ``x_start`` (DDPM eq. 4)."""
         sigma = self.at("sqrt_one_minus_alphas_cumprod", t, x_start)
         log_variance = self.at("log_one_minus_alphas_cumprod", t, x_start)
-        mean = x_start * in_dtype_of(self.at("sqrt_alphas_cumprod", t, x_start), x_start)
-        return mean, filled(sigma**2, x_start), filled(log_variance, x_start)
+        mean = scale(self.at("sqrt_alphas_cumprod", t, x_start), x_start)
+        return mean, filled(sigma**2, mean), filled(log_variance, mean)
 
     def q_sample(self, x_start: Tensor, t: Step, noise: Tensor | None = None) -> Tensor:
         """A draw of x_t from q(x_t | x_0), shaped like ``x_start``; ``noise`` is standard normal (DDPM eq. 4)."""
@@ -54,7 +54,8 @@ class ForwardProcess(Tables):
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), shaped like x (DDPM eq. 6, 7)."""
         variance = self.at("posterior_variance", t, x_t)
         log_variance = self.at("posterior_log_variance_clipped", t, x_t)
-        return self.posterior_mean(x_start, x_t, t), filled(variance, x_t), filled(log_variance, x_t)
+        mean = self.posterior_mean(x_start, x_t, t)
+        return mean, filled(variance, mean), filled(log_variance, mean)
 
     def level(self, t: Step | float, like: Tensor) -> tuple[Coefficient, Coefficient]:
         """(alpha, sigma) of x_t = alpha x_0 + sigma eps; a fractional t lies between in log-SNR."""
@@ -64,11 +65,10 @@ class ForwardProcess(Tables):
 
     def level_of_batch(self, t: float) -> Level:
         """`level` at one number for the whole batch."""
-        if isinstance(t, int):
-            return Level(
-                self.number("sqrt_alphas_cumprod", t), self.number("sqrt_one_minus_alphas_cumprod", t)
-            )
         before = int(t)
+        if before == t:
+            alpha = self.number("sqrt_alphas_cumprod", before)
+            return Level(alpha, self.floats["sqrt_one_minus_alphas_cumprod"][before])
         return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)
 
     def posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Step) -> Tensor:
@@ -101,11 +101,6 @@ class ForwardProcess(Tables):
 def bits(nats: Tensor) -> Tensor:
     """Nats as bits."""
     return nats / math.log(2)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x``, in float32 if it is in half precision, where noising would lose the first timesteps."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def noise_like(x: Tensor, noise: Tensor | None) -> Tensor:

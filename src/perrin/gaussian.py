@@ -47,8 +47,11 @@ class _Expm1Minus(torch.autograd.Function):
         ctx.save_for_backward(d)
         small = d.clamp(-0.25, 0.25)
         series = torch.ones_like(d)
-        for k in range(13, 2, -1):  # terms fall by 0.25 / k: so many of them reach float64
-            series = 1 + small / k * series
+        most = (
+            13 if d.dtype == torch.float64 else 8
+        )  # terms fall by 0.25 / k: so many of them reach the precision
+        for k in range(most, 2, -1):
+            series.mul_(small).mul_(1 / k).add_(1)
         return torch.where(d.abs() < 0.25, 0.5 * small**2 * series, torch.expm1(d) - d)
 
     @staticmethod
@@ -63,6 +66,13 @@ _expm1_minus: Callable[[Tensor], Tensor] = _Expm1Minus.apply
 def normal_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
     """Log density of ``x`` under N(means, exp(log_scales)^2) elementwise, in nats; for continuous data."""
     return -0.5 * (((x - means) * torch.exp(-log_scales)) ** 2 + LOG_2PI) - log_scales
+
+
+def gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor, levels: int | None) -> Tensor:
+    """Log-likelihood of ``x``, elementwise in nats: of its bin for ``levels`` levels, a density for None."""
+    if levels is None:
+        return normal_log_likelihood(x, means=means, log_scales=log_scales)
+    return discretized_gaussian_log_likelihood(x, means=means, log_scales=log_scales, levels=levels)
 
 
 def discretized_gaussian_log_likelihood(

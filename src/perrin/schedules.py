@@ -52,16 +52,17 @@ def sigmoid_betas(num_timesteps: int, start: float = -3.0, end: float = 3.0) -> 
 
 
 def log_snr_linear_betas(num_timesteps: int, log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> Betas:
-    """Log-SNR linear in time (VDM, arXiv:2107.00630, appendix D), hitting both end points exactly.
+    """Log-SNR linear in time (VDM, arXiv:2107.00630, appendix D), hitting both end points; the last, if T = 1.
 
     The defaults suit 8-bit data; a good first level has sigma well below half the distance of two levels.
     """
     if not log_snr_max > log_snr_min:
         raise ArgumentError(f"log_snr_max must exceed log_snr_min, got {log_snr_max} and {log_snr_min}")
     log_snr = np.linspace(log_snr_max, log_snr_min, num_timesteps)
+    log_snr[-1] = log_snr_min  # also of a single step, whose x_T must be noise
     # alpha_bar = sigmoid(log_snr); 1 - alpha_bar_t / alpha_bar_{t-1} written so that nothing cancels.
-    later = -np.expm1(np.diff(log_snr)) / (1 + np.exp(log_snr[1:]))
-    return np.concatenate([[1 / (1 + math.exp(log_snr_max))], later])
+    noise = np.exp(-np.logaddexp(0, log_snr))  # sigma^2, by a sigmoid that does not overflow
+    return np.concatenate([noise[:1], -np.expm1(np.diff(log_snr)) * noise[1:]])
 
 
 def betas_from_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float]) -> Betas:

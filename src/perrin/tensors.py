@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ Coefficient = float | Tensor
 # x scaled by a number is added to this: torch wraps the number of a product in a tensor, which costs as much again
 # as the whole call, but takes the alpha of a sum as it is.
 _ZERO = torch.zeros(())
+_FULL = (torch.float32, torch.float64)
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
@@ -39,24 +41,40 @@ def in_dtype_of(a: Coefficient, x: Tensor) -> Coefficient:
     return a.to(x.dtype) if isinstance(a, Tensor) else a
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, in float32 if it is in half precision, where noising would lose the first timesteps.
+
+    Raises `ArgumentError` for whole numbers, which are not yet data in [-1, 1].
+    """
+    if x.dtype in _FULL:
+        return x
+    if not x.is_floating_point():
+        raise ArgumentError(f"x must be floating-point values, data in [-1, 1], got {x.dtype}")
+    return x.float()
+
+
 def scale(a: Coefficient, x: Tensor) -> Tensor:
-    """``a x`` in the dtype of ``x``, always a new tensor."""
+    """``a x`` in the dtype of ``x``, at least float32; always a new tensor."""
+    x = at_least_float32(x)
     return x * a.to(x.dtype) if isinstance(a, Tensor) else torch.add(_ZERO, x, alpha=a)
 
 
 def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
-    """``a x + c`` in the dtype of ``x``, always a new tensor."""
-    return scale(a, x).add_(in_dtype_of(c, x))
+    """``a x + c`` in the dtype of ``x``, at least float32; always a new tensor."""
+    scaled = scale(a, x)
+    return scaled.add_(in_dtype_of(c, scaled))
 
 
 def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
-    """``a x + b y`` in the dtype of ``x``, always a new tensor.
+    """``a x + b y`` in the dtype of ``x``, at least float32; always a new tensor.
 
     Floats take the fewest passes over memory, which is what a sampler's step costs, and a float of exactly 0
     drops its term.
     """
+    if x.dtype not in _FULL or y.dtype not in _FULL:
+        return mix(a, at_least_float32(x), b, at_least_float32(y))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return scale(a, x).addcmul_(y, torch.as_tensor(b, dtype=x.dtype, device=x.device))
+        return scale(a, x).addcmul_(y.to(x.dtype), torch.as_tensor(b, dtype=x.dtype, device=x.device))
     if a == 0.0 or b == 0.0:
         return scale(a, x) if b == 0.0 else scale(b, y)
     return torch.add(x, y, alpha=b) if a == 1.0 else torch.add(_ZERO, x, alpha=a).add_(y, alpha=b)
@@ -94,6 +112,13 @@ class Tables(nn.Module):
             if all(value == values[0] for value in values):
                 self.constants[name] = values[0]
             self.register_buffer(name, table.detach().double().clone(), persistent=False)
+
+    def shallow_copy(self) -> Self:
+        """Another module with the same tables, to which tables can be added without changing this one."""
+        other = copy.copy(self)
+        for name in ("_buffers", "_non_persistent_buffers_set", "_modules", "floats", "constants"):
+            other.__dict__[name] = copy.copy(self.__dict__[name])
+        return other
 
     def at(self, name: str, t: int | Tensor, like: Tensor) -> Coefficient:
         """Entry ``t`` of table ``name``: a float for an int, else gathered (B, 1, ...) for ``like`` (B, ...).

@@ -116,14 +116,20 @@ class LossSecondMomentResampler(TimestepSampler):
     def update_with_all_losses(self, ts: Tensor | Sequence[int], losses: Tensor | Sequence[float]) -> None:
         """Put the losses (B,) of timesteps ``ts`` (B,) in the place of the oldest ones; waits for the device.
 
-        Raises `ShapeError` if the two are not vectors of one length.
+        Raises `ShapeError` if the two are not vectors of one length, `ArgumentError` for a loss that is not finite.
         """
         ts, losses = torch.as_tensor(ts), torch.as_tensor(losses)
         if ts.ndim != 1 or ts.shape != losses.shape:
             raise ShapeError(f"ts and losses must be (B,), got {tuple(ts.shape)} and {tuple(losses.shape)}")
+        if not bool(((ts >= 0) & (ts < self.num_timesteps)).all()) or not bool(losses.isfinite().all()):
+            found = ", ".join(f"{loss} at {t}" for t, loss in zip(ts.tolist(), losses.tolist(), strict=True))
+            raise ArgumentError(
+                f"losses must be finite and ts from 0 to {self.num_timesteps - 1}, got {found}"
+            )
+        history, counts = self.history.numpy(), self.counts.numpy()  # the same memory, faster to index
         for t, loss in zip(ts.tolist(), losses.detach().double().tolist(), strict=True):
-            self.history[t, self.counts[t] % self.history.shape[1]] = loss
-            self.counts[t] += 1
+            history[t, counts[t] % history.shape[1]] = loss
+            counts[t] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """The losses seen last and how many were seen, for a checkpoint."""

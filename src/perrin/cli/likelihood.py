@@ -88,6 +88,10 @@ def run(args: Sequence[str]) -> None:
         indices = split(len(dataset), model.folder.config.data.held_out)[1].tolist()
     indices = indices[: options.limit]
     out = options.out or model.folder.likelihood_path(options.data)
+    claim(out)
+    most = model.diffusion.num_timesteps - 1
+    if options.terms is not None and not 1 <= options.terms <= most:
+        raise ArgumentError(f"--terms must be from 1 to {most}, got {options.terms}")
     note(f"measuring {len(indices)} examples with weights {model.weights} of step {model.step}")
     figures = measure(
         model,
@@ -107,6 +111,22 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def claim(out: Path) -> None:
+    """Make sure, before a long measurement, that the table can be written to ``out`` and overwrites nothing else."""
+    from perrin.files import aside
+
+    if out.is_dir() or (out.exists() and _first_line(out) != ",".join(COLUMNS)):
+        raise ArgumentError(f"--out {out} exists and is no table of likelihoods: choose another file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside(out).touch()
+    aside(out).unlink()
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().strip()
 
 
 def measure(

@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a file of the user's that cannot be read or written
+        what = "" if error.filename is None else f"{error.filename}: "
+        print(f"perrin: error: {what}{error.strerror or error}", file=sys.stderr)
+        return 2
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
 

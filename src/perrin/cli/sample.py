@@ -72,7 +72,12 @@ def run(args: Sequence[str]) -> None:
     out = options.out or model.folder.samples_dir / default_name(options, model, steps)
     settings = settings_of(options, model, steps=steps, out=out)
     store = open_store(out, settings, model.folder.facts)
-    missing = sorted(set(range(options.count)) - store.done())
+    done = store.done()
+    if out.suffix == ".npz" and done and max(done) >= options.count:
+        raise ArgumentError(
+            f"{out} holds {max(done) + 1} samples, asked for {options.count}: choose another file"
+        )
+    missing = sorted(set(range(options.count)) - done)
     note(f"sampling with weights {model.weights} of step {model.step} into {out}")
     draw(options, model, make_sampler(options, model, steps), store=store, missing=missing, classes=classes)
     paths = store.finish(options.count, classes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from perrin.data.levels import to_unit
 from perrin.errors import ArgumentError, DataError
 from perrin.randomness import seed_of
+
+FINGERPRINT_ROWS = 1024
+"""Few enough to be read at once from a memory map of any length."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Facts:
     """Name of each class, by label; None without labels."""
     count: int
     """Number of examples, on which the split into training and held-out part depends."""
+    fingerprint: str = ""
+    """A hash of names, labels and a part of the values; empty where it was not taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,16 @@ class Dataset:
         rows = np.asarray(indices, dtype=np.int64)
         x = to_unit(self.values[rows], self.facts.levels, device)
         return x, None if self.labels is None else torch.from_numpy(self.labels[rows]).to(device)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the names, the labels and `FINGERPRINT_ROWS` evenly spaced examples: what a changed set changes."""
+    digest = blake2b("\0".join(dataset.names).encode(), digest_size=12)
+    if dataset.labels is not None:
+        digest.update(dataset.labels.tobytes())
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_ROWS)).astype(np.int64)
+    digest.update(np.ascontiguousarray(dataset.values[rows]).tobytes())
+    return digest.hexdigest()
 
 
 def split(n: int, held_out: float) -> tuple[np.ndarray, np.ndarray]:

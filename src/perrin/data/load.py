@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from perrin.data.arrays import from_arrays, load_npy, load_npz, value_range
-from perrin.data.dataset import Dataset
+from perrin.data.dataset import Dataset, fingerprint
 from perrin.data.folder import load_folder
 from perrin.data.idx import GZIP_MAGIC, load_idx
 from perrin.data.levels import MAX_LEVELS
@@ -29,8 +29,12 @@ def load(path: str | Path, *, levels: int | None = None, cache: Path | None = No
     """
     if levels is not None and not 2 <= levels <= MAX_LEVELS:
         raise ArgumentError(f"levels must be a whole number from 2 to {MAX_LEVELS}, got {levels}")
+    if not str(path):
+        raise DataError(f"the path of the data is empty; expected {_ACCEPTED}")
     dataset = _digits() if path == "digits" else _read(Path(path), cache)
-    return dataset if levels is None else _stated(dataset, levels, path)
+    if levels is not None:
+        dataset = _stated(dataset, levels, path)
+    return replace(dataset, facts=replace(dataset.facts, fingerprint=fingerprint(dataset)))
 
 
 def _digits() -> Dataset:

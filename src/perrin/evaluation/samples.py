@@ -135,10 +135,12 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _settings_in(record: Path) -> Mapping[str, Any]:
     try:
-        settings: Mapping[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return settings
-    except (OSError, ValueError) as error:
+        settings = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise RunError(f"{record} is damaged ({error}): choose another place") from None
+    if not isinstance(settings, dict):
+        raise RunError(f"{record} is damaged (it holds no settings): choose another place")
+    return settings
 
 
 def _agree(place: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -154,5 +156,5 @@ def _settings_within(file: Path) -> Mapping[str, Any]:
         with np.load(file, allow_pickle=False) as archive:
             settings: Mapping[str, Any] = json.loads(str(archive["settings"]))
             return settings
-    except (OSError, ValueError, KeyError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         raise RunError(f"{file} exists and was not made by perrin sample: choose another file") from None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion, Model, ModelKwargs
 from perrin.errors import ArgumentError, ShapeError
-from perrin.forward import at_least_float32
 from perrin.randomness import generator_for, normal_rows, seed_of
+from perrin.tensors import at_least_float32
 
 
 class Bound(NamedTuple):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
 from perrin.diffusion import CondFn, GaussianDiffusion, Model, ModelKwargs
 from perrin.errors import ArgumentError, ShapeError
-from perrin.forward import with_shape
+from perrin.forward import noise_like, with_shape
 from perrin.guidance import ScoreGuided
 from perrin.noise import CLEAN
 from perrin.randomness import generator_for, normal_rows
 from perrin.schedules import space_timesteps
+from perrin.tensors import append_dims
 
 Draw = Callable[[], Tensor]
 NoiseFn = Callable[[Tensor, int], Tensor]
@@ -66,7 +67,8 @@ class Sampler(ABC):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and not 1 <= self.steps <= self.diffusion.num_timesteps:
+        steps = self.diffusion.num_timesteps if self.steps is None else self.steps
+        if steps != int(steps) or not 1 <= steps <= self.diffusion.num_timesteps:
             raise ArgumentError(f"steps must be from 1 to {self.diffusion.num_timesteps}, got {self.steps}")
 
     @cached_property
@@ -158,7 +160,7 @@ class Sampler(ABC):
         start = seeded.initial(shape, _device(device, noise, model, self.diffusion))
         x = start if noise is None else with_shape(noise, start).to(start.device)
         for t, s in _shown(list(pairwise(self.times)), progress):
-            given = None if noise_fn is None else with_shape(noise_fn(x, t), x)
+            given = None if noise_fn is None else noise_like(x, noise_fn(x, t))
             with torch.no_grad():
                 state = self.step(denoise, x, t, s, _draw(x, given, seeded))
             yield state
@@ -171,8 +173,12 @@ class Sampler(ABC):
         """
         if t.device.type == "cpu" and not bool(((t >= 0) & (t < len(self.times) - 1)).all()):
             raise ArgumentError(f"t must be from 0 to {len(self.times) - 2}, got {t.tolist()}")
-        ascending = torch.tensor(self.times[::-1], device=t.device)
-        return ascending[t + 1 + later].reshape((-1,) + (1,) * (ndim - 1))
+        ascending = self._ascending.setdefault(t.device, torch.tensor(self.times[::-1], device=t.device))
+        return append_dims(ascending[t + 1 + later], ndim)
+
+    @cached_property
+    def _ascending(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 def _draw(x: Tensor, given: Tensor | None, seeded: SampleNoise) -> Draw:

@@ -62,13 +62,12 @@ class SamplerDDPM(Sampler):
         denoised = denoise(x, time)
         mean, log_variance = self.chain.reverse(denoised, x, t)
         last = isinstance(t, int) and t == 0
-        sample = mean if last else mix(1.0, mean, _std(log_variance, t), draw())
+        sample = mean if last else mix(1.0, mean, _std(log_variance, t, x), draw())
         return {"sample": sample, "pred_xstart": denoised.x_start}
 
 
-def _std(log_variance: Coefficient, t: Step) -> Coefficient:
+def _std(log_variance: Coefficient, t: Step, x: Tensor) -> Coefficient:
     """The standard deviation of the step; 0 in the rows of the last one, whose sample is the mean."""
-    if not isinstance(log_variance, Tensor):
-        return math.exp(0.5 * log_variance)
-    std = (0.5 * log_variance).exp_()
-    return std * append_dims(t != 0, std.ndim) if isinstance(t, Tensor) else std
+    half = 0.5 * log_variance
+    std = half.exp_() if isinstance(half, Tensor) else math.exp(half)
+    return std * append_dims(t != 0, x.ndim) if isinstance(t, Tensor) else std

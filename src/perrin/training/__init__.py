@@ -5,5 +5,6 @@ from perrin.training.event import TrainEvent
 from perrin.training.folder import RunFolder
 from perrin.training.interrupt import Interrupted
 from perrin.training.loop import train
+from perrin.training.step import check_data
 
-__all__ = ["EMA", "Interrupted", "RunFolder", "TrainEvent", "check_fit", "train"]
+__all__ = ["EMA", "Interrupted", "RunFolder", "TrainEvent", "check_data", "check_fit", "train"]

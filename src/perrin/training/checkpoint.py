@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ class Checkpoint:
 
     def write(self, folder: Path) -> None:
         """Write the files into ``folder``. Raises `OSError` or `SafetensorError` where the disk does."""
+        torch.save({"step": self.step, **self.state}, folder / STATE_FILE)
         for name, tensors in self.weights.items():
             save_file(_portable(tensors), weights_file(folder, name))
-        torch.save({"step": self.step, **self.state}, folder / STATE_FILE)
+            shutil.copymode(
+                folder / STATE_FILE, weights_file(folder, name)
+            )  # safetensors lets nobody else read
 
 
 def weights_file(folder: Path, name: str) -> Path:
@@ -49,10 +53,13 @@ def weights_file(folder: Path, name: str) -> Path:
 
 
 def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """The weights called ``name``, on the CPU. Raises `DamagedFileError`."""
+    """The weights called ``name``, on the CPU. Raises `DamagedFileError`, or `PermissionError`."""
     path = weights_file(folder, name)
     try:
+        path.open("rb").close()  # safetensors does not tell a missing permission from a missing file
         return load_file(path)
+    except PermissionError:
+        raise
     except (OSError, SafetensorError) as error:
         raise DamagedFileError(path, error) from None
 
@@ -62,6 +69,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise DamagedFileError(path, error) from None
     return state

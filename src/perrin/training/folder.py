@@ -58,10 +58,11 @@ class RunFolder:
             record = json.loads(file.read_text(encoding="utf-8"))
             facts = record["data"]
             names = None if facts["class_names"] is None else tuple(facts["class_names"])
-            known = Facts(tuple(facts["shape"]), facts["levels"], names, facts["count"])
+            shape, mark = tuple(facts["shape"]), facts.get("fingerprint", "")
+            known = Facts(shape, facts["levels"], names, facts["count"], mark)
             return cls(path, decode(record["config"], str(file)), known)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error) if isinstance(error, ConfigError) else f"{file} is damaged ({error!r})"
+            reason = str(error) if isinstance(error, ConfigError) else f"{file} is damaged ({error})"
             raise RunError(f"{reason}; restore it from a copy, or train into another folder") from None
 
     @classmethod
@@ -70,14 +71,18 @@ class RunFolder:
         return _config_file(Path(path)).exists()
 
     def revise(self, config: RunConfig) -> RunFolder:
-        """The same run under ``config``, which may differ in `RESUMABLE` fields only, else `RunError`."""
-        changes = differences(self.config, config)
-        if changes:
-            raise RunError(f"{self.path} cannot be resumed with another configuration: {'; '.join(changes)}")
+        """The same run under ``config``, which is written; see `check_revision`."""
+        self.check_revision(config)
         folder = RunFolder(self.path, config, self.facts)
         if config != self.config:
             folder._write_config()
         return folder
+
+    def check_revision(self, config: RunConfig) -> None:
+        """Raise `RunError` where ``config`` differs in more than `RESUMABLE` fields and the place of the data."""
+        changes = differences(self.config, config)
+        if changes:
+            raise RunError(f"{self.path} cannot be resumed with another configuration: {'; '.join(changes)}")
 
     @property
     def metrics_path(self) -> Path:

@@ -33,14 +33,20 @@ class Draw(NamedTuple):
     """(B, *shape), standard normal."""
 
 
+def check_data(dataset: Dataset, config: RunConfig) -> None:
+    """Raise `DataError` or `ConfigError` where ``config`` cannot be trained on ``dataset``."""
+    if config.data.conditional and dataset.labels is None:
+        raise DataError("data.conditional = true needs labels, and this data set has none")
+    if config.data.flip and len(dataset.facts.shape) != 3:
+        raise ConfigError(f"data.flip = true needs images, got vectors of shape {dataset.facts.shape}")
+    split(len(dataset), config.data.held_out)
+
+
 class Batches:
     """The training part of a data set, as draws that depend on (seed, step) alone; and the held-out part."""
 
     def __init__(self, dataset: Dataset, config: RunConfig, device: torch.device) -> None:
-        if config.data.conditional and dataset.labels is None:
-            raise DataError("data.conditional = true needs labels, and this data set has none")
-        if config.data.flip and len(dataset.facts.shape) != 3:
-            raise ConfigError(f"data.flip = true needs images, got vectors of shape {dataset.facts.shape}")
+        check_data(dataset, config)
         self.dataset, self.config, self.device = dataset, config, device
         self.train, self.held_out = split(len(dataset), config.data.held_out)
 
