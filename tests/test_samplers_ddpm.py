@@ -184,7 +184,7 @@ def test_few_steps_with_the_ideal_learned_variance_sample_the_data(steps: int) -
         beta = 1 - now / then
         gain = then.sqrt() * beta / (1 - now)
         spread = data.remaining_variance(now.sqrt(), (1 - now).sqrt())
-        variance = beta * (1 - then) / (1 - now) + gain**2 * spread  # METHODS: Cov[x_s | x_t]
+        variance = beta * (1 - then) / (1 - now) + gain**2 * spread  # Cov[x_s | x_t], Analytic-DPM eq. 7
         return torch.full_like(x, float(variance.log()))
 
     diffusion = chain(var_type=ModelVarType.LEARNED, betas=betas)

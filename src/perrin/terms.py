@@ -32,7 +32,10 @@ class TrainingTerms(TypedDict):
 
 
 class BoundCurve(TypedDict):
-    """The bound (B,) and its terms (B, T), column 0 at t = T - 1, in bits per dimension."""
+    """The bound (B,) and its terms (B, T) in bits per dimension, and the squared errors of x_0 and eps (B, T).
+
+    Column 0 is t = T - 1.
+    """
 
     total_bpd: Tensor
     prior_bpd: Tensor

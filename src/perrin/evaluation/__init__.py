@@ -1,1 +1,1 @@
-"""Looking at what training reached: baselines and plots."""
+"""What a run is judged by: plots, baselines, and the folders of its samples."""
