@@ -71,8 +71,8 @@ def mix(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
     Floats take the fewest passes over memory, which is what a sampler's step costs, and a float of exactly 0
     drops its term.
     """
-    if x.dtype not in _FULL or y.dtype not in _FULL:
-        return mix(a, at_least_float32(x), b, at_least_float32(y))
+    if x.dtype not in _FULL:
+        return mix(a, at_least_float32(x), b, y)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return scale(a, x).addcmul_(y.to(x.dtype), torch.as_tensor(b, dtype=x.dtype, device=x.device))
     if a == 0.0 or b == 0.0:
