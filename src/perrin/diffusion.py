@@ -111,7 +111,7 @@ class GaussianDiffusion(ForwardProcess):
         """
         scale = 1000 / self.original_num_timesteps if self.rescale_timesteps else 1
         if isinstance(t, Tensor):
-            self._check_times(t, x)
+            self.check_times(t, x)
             times = self.table("timestep_map", t.device)[t]
             return times.float() * scale if self.rescale_timesteps else times.long()
         steps, before = self.floats["timestep_map"], int(t)
@@ -120,14 +120,6 @@ class GaussianDiffusion(ForwardProcess):
             time += (t - before) * (steps[before + 1] - time)
         dtype = torch.float32 if fractional or self.rescale_timesteps else torch.int64
         return torch.full((len(x),), time * scale, dtype=dtype, device=x.device)
-
-    def _check_times(self, t: Tensor, x: Tensor) -> None:
-        if t.shape != x.shape[:1] or t.is_floating_point():
-            raise ShapeError(f"t must be {len(x)} integers, one per example, got {t.dtype} {tuple(t.shape)}")
-        if t.device.type == "cpu" and len(t):  # where looking is free
-            low, high = (int(end) for end in t.aminmax())
-            if low < 0 or high >= self.num_timesteps:
-                raise ArgumentError(f"t must be from 0 to {self.num_timesteps - 1}, got {low} to {high}")
 
     def output(self, model: Model, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """The network's output at x_t, at least in the precision of ``x``.
@@ -356,7 +348,7 @@ class GaussianDiffusion(ForwardProcess):
         x_start = at_least_float32(x_start)
         noise = noise_like(x_start, noise)
         if isinstance(t, Tensor):
-            self._check_times(t, x_start)
+            self.check_times(t, x_start)
         x_t = self.q_sample(x_start, t, noise)
         output = self.output(model, x_t, t, model_kwargs)
         weights = loss_weights(self.loss_type, self.num_timesteps)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from perrin.errors import ShapeError
+from perrin.errors import ArgumentError, ShapeError
 from perrin.gaussian import normal_kl
 from perrin.noise import Level, level_between
 from perrin.schedules import tables
@@ -70,6 +70,15 @@ class ForwardProcess(Tables):
             alpha = self.number("sqrt_alphas_cumprod", before)
             return Level(alpha, self.floats["sqrt_one_minus_alphas_cumprod"][before])
         return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)
+
+    def check_times(self, t: Tensor, x: Tensor) -> None:
+        """Raise `ShapeError` or `ArgumentError` unless ``t`` is (B,) integers, in 0..T - 1 where looking is free."""
+        if t.shape != x.shape[:1] or t.is_floating_point():
+            raise ShapeError(f"t must be {len(x)} integers, one per example, got {t.dtype} {tuple(t.shape)}")
+        if t.device.type == "cpu" and len(t):  # where looking is free
+            low, high = (int(end) for end in t.aminmax())
+            if low < 0 or high >= self.num_timesteps:
+                raise ArgumentError(f"t must be from 0 to {self.num_timesteps - 1}, got {low} to {high}")
 
     def posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Step) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
