@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import GaussianData, Oracle, arbitrary, normal
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from perrin.denoiser import DiffusionDenoiser
 from perrin.errors import ArgumentError

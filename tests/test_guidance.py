@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import GaussianData, Oracle, arbitrary, normal
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, SamplerDDIM, SamplerDDPM
 from perrin.denoiser import DiffusionDenoiser
 from perrin.guidance import MeanGuided, ScoreGuided

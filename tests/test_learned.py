@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from oracles import normal
+from perrin.oracles import normal
 from perrin import (
     GaussianDiffusion,
     LearnedGaussianDiffusion,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import GaussianData, Oracle, arbitrary
+from perrin.oracles import GaussianData, Oracle, arbitrary
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from perrin.errors import ArgumentError, ShapeError
 from perrin.likelihood import bound, mean_and_error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import GaussianData, Oracle, arbitrary, normal
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import (
     GaussianDiffusion,
     ModelMeanType,

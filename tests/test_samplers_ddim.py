@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oracles import GaussianData, MixtureData, Oracle, arbitrary, normal
+from perrin.oracles import GaussianData, MixtureData, Oracle, arbitrary, normal
 from perrin import (
     GaussianDiffusion,
     ModelMeanType,

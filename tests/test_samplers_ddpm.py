@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oracles import GaussianData, Oracle, arbitrary, normal
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, SamplerDDPM, get_named_beta_schedule
 from perrin.errors import ArgumentError
 

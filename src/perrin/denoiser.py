@@ -14,11 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from perrin.diffusion import GaussianDiffusion, Model, ModelKwargs
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError
 from perrin.forward import Step
 from perrin.noise import CLEAN
 from perrin.parameterization import Denoised
+from perrin.reverse import Model, ModelKwargs
 from perrin.tensors import Coefficient
 
 Time = float | Tensor

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from perrin.denoiser import DiffusionDenoiser, Time
-from perrin.diffusion import CondFn
 from perrin.parameterization import Denoised
+from perrin.reverse import CondFn
 from perrin.tensors import Coefficient, mix
 
 

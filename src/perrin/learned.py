@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from perrin.diffusion import GaussianDiffusion, ModelKwargs
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError
 from perrin.losses import HYBRID_SHARE, LossType
 from perrin.parameterization import ModelMeanType
+from perrin.reverse import ModelKwargs
 from perrin.samplers import SamplerDDIM, SamplerDDPM
 from perrin.schedules import get_named_beta_schedule
 from perrin.variance import VARIANCES, ModelVarType

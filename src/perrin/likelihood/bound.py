@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perrin.diffusion import GaussianDiffusion, Model, ModelKwargs
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, ShapeError
 from perrin.randomness import generator_for, normal_rows, seed_of
+from perrin.reverse import Model, ModelKwargs
 from perrin.tensors import at_least_float32
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
-from perrin.diffusion import CondFn, GaussianDiffusion, Model, ModelKwargs
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import noise_like, with_shape
 from perrin.guidance import ScoreGuided
 from perrin.noise import CLEAN
 from perrin.randomness import generator_for, normal_rows
+from perrin.reverse import CondFn, Model, ModelKwargs
 from perrin.schedules import space_timesteps
 from perrin.tensors import append_dims
 

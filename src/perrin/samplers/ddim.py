@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, Time
-from perrin.diffusion import CondFn, Model, ModelKwargs
 from perrin.errors import ArgumentError
 from perrin.forward import noise_like
 from perrin.noise import CLEAN, Level
+from perrin.reverse import CondFn, Model, ModelKwargs
 from perrin.samplers.base import Draw, Sample, Sampler
 from perrin.tensors import Coefficient, gather, mean_flat, mix, root, widest_dtype
 

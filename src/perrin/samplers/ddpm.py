@@ -11,10 +11,11 @@ from itertools import pairwise
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
-from perrin.diffusion import CondFn, GaussianDiffusion, Model, ModelKwargs
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError
 from perrin.forward import Step, noise_like
 from perrin.guidance import MeanGuided
+from perrin.reverse import CondFn, Model, ModelKwargs
 from perrin.samplers.base import Draw, Sample, Sampler
 from perrin.tensors import Coefficient, append_dims, mix
 

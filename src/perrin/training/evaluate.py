@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from perrin.data import to_levels, write_grid
-from perrin.diffusion import GaussianDiffusion, Model
+from perrin.diffusion import GaussianDiffusion
 from perrin.likelihood import bound, mean_and_error
+from perrin.reverse import Model
 from perrin.samplers import SampleNoise, SamplerDDIM
 from perrin.training.step import Batches, chunks, model_kwargs
 

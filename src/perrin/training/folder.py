@@ -117,6 +117,11 @@ class RunFolder:
         """The table of bits per dimension, one row per example of ``data``, by default the held-out part."""
         return self.path / ("likelihood.csv" if data is None else f"likelihood-{Path(data).stem}.csv")
 
+    @property
+    def calibration_path(self) -> Path:
+        """The variances and timesteps that `perrin calibrate` found."""
+        return self.path / "calibration.json"
+
     def report_path(self, suffix: str) -> Path:
         """What was reached, in words (``.md``) or figures (``.json``)."""
         return self.path / f"report{suffix}"

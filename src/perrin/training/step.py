@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from perrin.config import RunConfig
 from perrin.data import Dataset, batch_indices, split
-from perrin.diffusion import GaussianDiffusion, Model
+from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ConfigError, DataError
 from perrin.randomness import generator_for, seed_of
+from perrin.reverse import Model
 from perrin.timestep_sampling import TimestepSampler
 
 RANK = 0

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from perrin import GaussianDiffusion, ModelMeanType
+from perrin.diffusion import GaussianDiffusion
+from perrin.parameterization import ModelMeanType
 from perrin.tensors import append_dims
 
 
@@ -31,7 +32,8 @@ class GaussianData:
 
     def x_start(self, x_t: Tensor, alpha: Any, sigma: Any) -> Tensor:
         gain = alpha * self.std**2 / self.total_variance(alpha, sigma)
-        return self.mean + gain * (x_t - alpha * self.mean)
+        x_start: Tensor = self.mean + gain * (x_t - alpha * self.mean)
+        return x_start
 
     def total_variance(self, alpha: Any, sigma: Any) -> Any:
         """Var[x_t]."""
