@@ -1,16 +1,17 @@
 """The bound: its parts, its keys, its estimate from a few terms, and known likelihoods."""
 
 import math
+from collections import defaultdict
 
 import pytest
 import torch
 from torch import Tensor
 
-from perrin.oracles import GaussianData, Oracle, arbitrary
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from perrin.errors import ArgumentError, ShapeError
-from perrin.likelihood import bound, mean_and_error
-from perrin.schedules import space_timesteps
+from perrin.likelihood import NoiseBands, bound, mean_and_error, term_probabilities
+from perrin.oracles import GaussianData, Oracle, arbitrary
+from perrin.schedules import log_snr_linear_betas, space_timesteps
 
 T = 12
 DATA = GaussianData(0.1, 0.5)
@@ -59,15 +60,16 @@ def test_the_bound_is_that_of_calc_bpd_loop_at_the_same_noise(
     var_type: ModelVarType, levels: int | None, clip: bool
 ) -> None:
     diffusion, x = chain(var_type, levels=levels), images()
-    network, seen = arbitrary(diffusion.output_channels(1)), {}
+    network, seen = arbitrary(diffusion.output_channels(1)), defaultdict(list)
 
     def recorder(x_t: Tensor, t: Tensor) -> Tensor:
-        seen[int(t[0])] = x_t
+        for row, time in zip(x_t, t.tolist(), strict=True):
+            seen[time].append(row)
         return network(x_t, t)
 
     def noise_fn(x_start: Tensor, t: int) -> Tensor:
         signal = float(diffusion.alphas_cumprod[t])
-        return (seen[t] - math.sqrt(signal) * x_start) / math.sqrt(1 - signal)
+        return (torch.stack(seen[t]) - math.sqrt(signal) * x_start) / math.sqrt(1 - signal)
 
     ours = bound(diffusion, recorder, x, indices=range(6), clip_denoised=clip)
     loop = diffusion.calc_bpd_loop(network, x, clip, noise_fn=noise_fn)
@@ -95,7 +97,16 @@ def test_network_calls_are_counted(terms: int | None, calls: int) -> None:
         return x
 
     assert bound(chain(), network, images(), indices=range(6), terms=terms).network_calls == calls
-    assert len(seen) == calls
+    assert sum(len(t) for t in seen) == 6 * calls
+
+
+@pytest.mark.parametrize("count", [1, 6, 100])
+def test_a_call_has_at_most_64_rows_and_few_images_share_it(count: int) -> None:
+    sizes: list[int] = []
+    x = images(count)
+    bound(chain(total=101), lambda x, t: (sizes.append(len(t)), x)[1], x, indices=range(count))
+    assert max(sizes) == 64
+    assert len(sizes) == math.ceil(100 * count / 64) + math.ceil(count / 64)
 
 
 def test_one_timestep_has_a_prior_and_a_decoder_only() -> None:
@@ -153,9 +164,14 @@ def test_two_models_share_the_noise() -> None:
 
 def test_the_noise_is_standard_normal_and_other_at_each_time() -> None:
     seen: list[Tensor] = []
-    diffusion = chain()
-    bound(diffusion, lambda x, t: (seen.append(x), x)[1], torch.zeros(50, 200), indices=range(50))
-    noise = torch.stack(seen) / diffusion.sqrt_one_minus_alphas_cumprod.flip(0).reshape(-1, 1, 1)
+    sigma = chain().sqrt_one_minus_alphas_cumprod
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x / sigma[t].reshape(-1, 1))
+        return x
+
+    bound(chain(), network, torch.zeros(50, 200), indices=range(50))
+    noise = torch.cat(seen).reshape(T, 50, 200)
     assert float(noise.mean()) == pytest.approx(0, abs=0.015)
     assert float(noise.var()) == pytest.approx(1, abs=0.02)
     rows = torch.corrcoef(noise.flatten(0, 1))
@@ -190,17 +206,8 @@ def test_the_estimate_is_unbiased(terms: int) -> None:
 
 
 def test_each_stratum_has_one_term() -> None:
-    seen: list[Tensor] = []
-    bound(
-        chain(total=101),
-        lambda x, t: (seen.append(t), x)[1],
-        torch.zeros(300, 2),
-        indices=range(300),
-        terms=5,
-    )
-    *strata, last = seen
-    assert bool((last == 0).all())
-    for i, t in enumerate(strata):
+    found = bound(chain(total=101), arbitrary(1), images(300), indices=range(300), terms=5)
+    for i, t in enumerate(found.times.T):
         assert int(t.min()) == 1 + 20 * i
         assert int(t.max()) == 20 + 20 * i
 
@@ -216,6 +223,168 @@ def test_the_error_of_the_mean_covers_the_truth() -> None:
         )
         covered += abs(mean - entropy) < 1.96 * error
     assert covered >= 51  # 95% of 60 is 57; below 51 has probability 0.3%
+
+
+def repeated(probabilities: bool, repetitions: int) -> tuple[Tensor, Tensor]:
+    """Means and errors of estimates with 8 + 2 calls of 64 images of ``GaussianData(0, 0.5)``, sigma^2 = beta."""
+    data, diffusion = GaussianData(0.0, 0.5), chain(ModelVarType.LEARNED, total=1000, levels=None)
+    log_betas = diffusion.betas.log()
+    network = Oracle(data, diffusion, lambda x, t: log_betas[t].reshape(-1, 1).expand(x.shape))
+    p = term_probabilities(diffusion, network, data.draw(8, 16, seed=9), clip_denoised=False)
+    found = []
+    for seed in range(repetitions):
+        x = data.draw(64, 16, seed=seed)
+        result = bound(
+            diffusion,
+            network,
+            x,
+            indices=range(64),
+            seed=seed,
+            terms=8,
+            decoder_draws=2,
+            probabilities=p if probabilities else None,
+            clip_denoised=False,
+        )
+        found.append(mean_and_error(result.total))
+    means, errors = torch.tensor(found, dtype=torch.float64).T
+    return means, errors
+
+
+EXACT = 1.04867  # of that chain and data, bits per dimension
+
+
+def test_a_95_percent_interval_covers_the_exact_bound() -> None:
+    means, errors = repeated(True, 200)
+    covered = ((means - EXACT).abs() < 1.96 * errors).double().mean()
+    assert 0.90 <= float(covered) <= 0.99
+    assert abs(float(means.mean()) - EXACT) < 4 * float(means.std()) / math.sqrt(200)
+
+
+def test_importance_has_a_tenth_of_the_error_of_uniform_times() -> None:
+    _, uniform = repeated(False, 40)
+    _, importance = repeated(True, 40)
+    assert float(uniform.mean()) > 10 * float(importance.mean())
+
+
+def test_the_error_of_one_image_is_that_of_its_repetitions() -> None:
+    diffusion, x = chain(total=200), images(1)
+    options = {"terms": 16, "decoder_draws": 4, "probabilities": None}
+    found = [bound(diffusion, arbitrary(1), x, indices=[0], seed=seed, **options) for seed in range(300)]
+    spread = float(torch.cat([result.total for result in found]).std())
+    stated = float(torch.cat([result.error for result in found]).square().mean().sqrt())
+    assert 0.9 * spread < stated < 1.6 * spread
+
+
+@pytest.mark.parametrize("options", [{"decoder_draws": 1, "terms": 4}, {"decoder_draws": 2, "terms": 1}])
+def test_a_part_that_was_drawn_once_has_no_known_error(options: dict[str, int]) -> None:
+    result = bound(chain(), arbitrary(1), images(), indices=range(6), **options)
+    assert bool(result.error.isnan().all())
+
+
+def test_the_whole_bound_has_an_error_too() -> None:
+    result = bound(chain(total=100), arbitrary(1), images(), indices=range(6), decoder_draws=2)
+    assert bool((result.error > 0).all())
+    assert result.network_calls == 101
+
+
+def test_a_timestep_drawn_twice_has_other_noise() -> None:
+    p = torch.full((T,), 1e-9)
+    p[3] = 1.0
+    result = bound(chain(), arbitrary(1), images(), indices=range(6), terms=5, probabilities=p)
+    assert bool((result.times == 3).all())
+    assert all(len(set(row)) == 5 for row in result.terms.tolist())
+
+
+def test_more_decoder_draws_keep_the_first() -> None:
+    one, four = (bound(chain(), arbitrary(1), images(), indices=range(6), decoder_draws=r) for r in (1, 4))
+    assert torch.equal(one.vb, four.vb)
+    assert bool((one.decoder != four.decoder).all())
+    torch.testing.assert_close(one.decoder, four.decoder, rtol=0.5, atol=0.1)
+
+
+def test_a_shared_timestep_has_the_same_noise_in_a_shorter_chain() -> None:
+    whole, seen = chain(), []
+    short = whole.respaced([2, 5, 11])
+    for diffusion in (whole, short):
+        rows: dict[int, Tensor] = {}
+        bound(
+            diffusion,
+            lambda x, t, rows=rows: (rows.update(zip(t.tolist(), x, strict=True)), x)[1],
+            images(1),
+            indices=[0],
+        )
+        seen.append(rows)
+    for time in (2, 5, 11):
+        torch.testing.assert_close(seen[0][time], seen[1][time])
+
+
+def test_the_pilot_finds_the_second_moments() -> None:
+    diffusion = chain(total=60)
+    x = images(8)
+    p = term_probabilities(diffusion, arbitrary(1), x)
+    exact = bound(diffusion, arbitrary(1), images(200), indices=range(200))
+    moments = torch.cat([torch.zeros(1, dtype=torch.float64), exact.terms.square().mean(0).sqrt()])
+    moments = moments / moments.sum()
+    assert p[0] == 0
+    assert float(p.sum()) == pytest.approx(1)
+    large = moments > 0.01
+    assert float((p[large] / moments[large]).log().abs().mean()) < 0.25
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_a_short_chain_has_a_pilot_too(total: int) -> None:
+    diffusion = chain(total=total)
+    p = term_probabilities(diffusion, arbitrary(1), images())
+    assert p.shape == (total,)
+    assert float(p.sum()) == pytest.approx(min(total - 1, 1))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(T), torch.full((T,), math.nan), torch.full((T,), -1.0)])
+def test_probabilities_that_are_none_are_refused(wrong: Tensor) -> None:
+    with pytest.raises(ArgumentError, match="probabilities must be positive and finite"):
+        bound(chain(), arbitrary(1), images(), indices=range(6), terms=2, probabilities=wrong)
+
+
+def test_another_number_of_probabilities_is_refused() -> None:
+    with pytest.raises(ShapeError, match=rf"probabilities must be \({T},\), got \({T - 1},\)"):
+        bound(chain(), arbitrary(1), images(), indices=range(6), terms=2, probabilities=torch.ones(T - 1))
+
+
+def test_no_decoder_draw_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="decoder_draws must be at least 1, got 0"):
+        bound(chain(), arbitrary(1), images(), indices=range(6), decoder_draws=0)
+
+
+# Bands
+
+
+@pytest.mark.parametrize("terms", [None, 7])
+def test_the_bands_add_up_to_the_kl_terms(terms: int | None) -> None:
+    diffusion = chain(total=300)
+    found = bound(diffusion, arbitrary(1), images(), indices=range(6), terms=terms)
+    sums = NoiseBands.of(diffusion).sums(found)
+    torch.testing.assert_close(sums.sum(1), found.vb)
+
+
+def test_a_band_holds_the_terms_of_its_log_snr() -> None:
+    diffusion = GaussianDiffusion(betas=log_snr_linear_betas(200, 9.0, -7.0), levels=17)
+    bands, found = (
+        NoiseBands.of(diffusion),
+        bound(diffusion, arbitrary(1), images(), indices=range(6)),
+    )
+    assert bands.names == (
+        "log-SNR 8 to 10",
+        *(f"log-SNR {edge} to {edge + 2}" for edge in (6, 4, 2, 0, -2, -4, -6)),
+        "log-SNR below -6",
+    )
+    log_snr = (diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)).log()[1:]
+    inside = (log_snr >= 2) & (log_snr < 4)
+    torch.testing.assert_close(bands.sums(found)[:, 3], found.terms[:, inside].sum(1))
+    assert len(bands.places) == 200
+
+
+def test_one_timestep_is_one_band() -> None:
+    assert NoiseBands.of(chain(total=1)).places == (0,)
 
 
 # Known likelihoods
@@ -247,7 +416,8 @@ def test_the_gap_of_variance_beta_is_the_known_one(steps: int, gap: float) -> No
     diffusion = whole.respaced(kept)
 
     def log_beta(x: Tensor, t: Tensor) -> Tensor:
-        return diffusion.betas.log()[kept.index(int(t[0]))].expand(x.shape)
+        places = torch.tensor([kept.index(time) for time in t.tolist()])
+        return diffusion.betas.log()[places].reshape(-1, 1).expand(x.shape)
 
     x = data.draw(8, 20000)
     network = Oracle(data, whole, log_beta)
@@ -287,14 +457,25 @@ def test_clipping_is_the_default_and_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("terms", [None, 3])
 def test_model_kwargs_reach_the_network(terms: int | None) -> None:
-    labels, seen = torch.arange(6), []
+    diffusion = GaussianDiffusion(betas=log_snr_linear_betas(T, 20.0, 10.0))
+    x, seen = images(100), 0
 
-    def network(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        seen.append(y)
-        return x
+    def network(x_t: Tensor, t: Tensor, y: Tensor, scale: float) -> Tensor:
+        nonlocal seen
+        seen += len(y)
+        nearest = torch.cdist(x_t.flatten(1), x.flatten(1)).argmin(1)
+        assert torch.equal(nearest, y)  # each row with the label of its own image
+        return scale * x_t
 
-    bound(chain(), network, images(), indices=range(6), terms=terms, model_kwargs={"y": labels})
-    assert all(y is labels for y in seen)
+    found = bound(
+        diffusion,
+        network,
+        x,
+        indices=range(100),
+        terms=terms,
+        model_kwargs={"y": torch.arange(100), "scale": 1.0},
+    )
+    assert seen == 100 * found.network_calls
 
 
 def test_no_gradient_is_kept_and_data_is_not_modified() -> None:

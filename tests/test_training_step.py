@@ -53,9 +53,9 @@ def network(**kwargs: Any) -> Net:
         return Net(**kwargs)
 
 
-def diffusion() -> GaussianDiffusion:
+def diffusion(timesteps: int = TIMESTEPS) -> GaussianDiffusion:
     return GaussianDiffusion(
-        betas=get_named_beta_schedule("cosine", TIMESTEPS),
+        betas=get_named_beta_schedule("cosine", timesteps),
         model_var_type=ModelVarType.LEARNED_RANGE,
         loss_type=LossType.RESCALED_MSE,
         levels=17,

@@ -1,5 +1,6 @@
-"""Likelihoods: the variational bound with its error."""
+"""Likelihoods: the variational bound with its error, and by noise level."""
 
-from perrin.likelihood.bound import Bound, bound, mean_and_error
+from perrin.likelihood.bands import NoiseBands
+from perrin.likelihood.bound import PILOT_IMAGES, Bound, bound, mean_and_error, term_probabilities
 
-__all__ = ["Bound", "bound", "mean_and_error"]
+__all__ = ["PILOT_IMAGES", "Bound", "NoiseBands", "bound", "mean_and_error", "term_probabilities"]

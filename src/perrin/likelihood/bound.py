@@ -1,9 +1,14 @@
-"""The variational bound per image in bits per dimension: every term, or an unbiased estimate from a few."""
+"""The variational bound per image in bits per dimension: every term, or an unbiased estimate from a few.
+
+The sum of KL terms is estimated by stratified importance sampling over t; what is drawn is independent between
+images, so that the standard error of a mean over images holds the Monte-Carlo noise as well.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +20,14 @@ from perrin.randomness import generator_for, normal_rows, seed_of
 from perrin.reverse import Model, ModelKwargs
 from perrin.tensors import at_least_float32
 
+CHUNK = 64
+"""Rows, each an image at a timestep, of one network call."""
+
+PILOT_IMAGES = 8
+PILOT_TIMES = 24
+UNIFORM_SHARE = 0.02
+"""The share of the probabilities that is even: it bounds the weight of a term which the pilot took for small."""
+
 
 class Bound(NamedTuple):
     """The bound on -log2 p(x_0) / D of each image, (B,) float64 on the CPU, in bits per dimension."""
@@ -24,9 +37,17 @@ class Bound(NamedTuple):
     vb: Tensor
     """The sum of the KL terms, t >= 1."""
     decoder: Tensor
-    """The term at t = 0."""
+    """The term at t = 0, a mean over its draws."""
+    error: Tensor
+    """Monte-Carlo standard error of ``total``; NaN where a part was drawn only once."""
+    times: Tensor
+    """(B, S) int64: the timesteps of the KL terms that were drawn, ascending in strata."""
+    terms: Tensor
+    """(B, S) float64: the KL terms at ``times``."""
+    weights: Tensor
+    """(B, S) float64: ``vb = (terms * weights).sum(1)``; all 1 where every term was evaluated."""
     network_calls: int
-    """Calls per image."""
+    """Evaluations of the network per image."""
 
 
 def bound(
@@ -37,31 +58,78 @@ def bound(
     indices: Sequence[int],
     seed: int = 0,
     terms: int | None = None,
+    decoder_draws: int = 1,
+    probabilities: Tensor | None = None,
     clip_denoised: bool = True,
     model_kwargs: ModelKwargs = None,
 ) -> Bound:
     """The bound of ``x_start`` (B, ...), whose places in its data set are ``indices``.
 
     With ``terms`` None every timestep is evaluated, each at one draw of x_t. Otherwise the sum over t >= 1 is
-    estimated at ``terms`` timesteps per image, one in each of as many equal strata (IDDPM's terms fall steeply
-    in t, so expect noise); the estimate is unbiased and independent between images.
+    estimated from ``terms`` timesteps per image, one in each of as many strata of equal probability under
+    ``probabilities`` (T,), which need not sum to 1; None is uniform. The estimate is unbiased for any
+    probabilities that do not depend on its noise, and precise for those of `term_probabilities`. The decoder is
+    drawn ``decoder_draws`` times.
 
-    The noise of image i at t depends on (seed, i, t) alone: the same for any batch size, and common to two models
-    that are compared. Raises `ArgumentError` unless 1 <= terms <= T - 1, `ShapeError` for too few indices.
+    The noise of image i depends on (seed, i, the timestep as the network knows it, how often it was drawn) alone:
+    the same for any batch size, and common to two models that are compared. Tensors in ``model_kwargs`` hold a
+    row for each image. Raises `ArgumentError` unless 1 <= terms <= T - 1 and decoder_draws >= 1, or for
+    probabilities that are not positive; `ShapeError` for too few indices or probabilities.
     """
     if len(indices) != len(x_start):
         raise ShapeError(f"indices must name {len(x_start)} images, got {len(indices)}")
     if terms is not None and not 1 <= terms <= diffusion.num_timesteps - 1:
         raise ArgumentError(f"terms must be from 1 to {diffusion.num_timesteps - 1}, got {terms}")
-    estimate = _Estimate(
-        diffusion, model, at_least_float32(x_start), indices, seed, clip_denoised, model_kwargs
-    )
+    if decoder_draws < 1:
+        raise ArgumentError(f"decoder_draws must be at least 1, got {decoder_draws}")
+    x_start = at_least_float32(x_start)
+    estimate = _Estimate(diffusion, model, x_start, indices, seed, clip_denoised, model_kwargs)
+    times, weights = _every_time(diffusion, len(x_start))
+    if terms is not None:
+        times, weights = _drawn_times(diffusion, indices, seed, terms, probabilities)
     with torch.no_grad():
-        vb = estimate.every_kl() if terms is None else estimate.some_kl(terms)
-        decoder = estimate.term(0).cpu().double()
-        prior = diffusion.prior_bpd(estimate.x_start).cpu().double()
-    calls = diffusion.num_timesteps if terms is None else terms + 1
-    return Bound(prior + vb + decoder, prior, vb, decoder, calls)
+        kl = estimate.values(times)
+        decoders = estimate.values(torch.zeros(len(x_start), decoder_draws, dtype=torch.int64))
+        prior = diffusion.prior_bpd(x_start).cpu().double()
+    vb, decoder = (kl * weights).sum(1), decoders.mean(1)
+    error = (_stratified_variance(kl * weights) + _mean_variance(decoders)).sqrt()
+    calls = times.shape[1] + decoder_draws
+    return Bound(prior + vb + decoder, prior, vb, decoder, error, times, kl, weights, calls)
+
+
+def term_probabilities(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    x_start: Tensor,
+    *,
+    seed: int = 0,
+    clip_denoised: bool = True,
+    model_kwargs: ModelKwargs = None,
+) -> Tensor:
+    """Probabilities of the timesteps, (T,) float64, from a pilot: the root of each KL term's second moment.
+
+    Evaluates the first few images of ``x_start`` at some timesteps, denser at low noise, and interpolates the
+    logarithm; entry 0, the decoder, is 0 (IDDPM eq. 18, with the moments of the model as it is).
+    """
+    last = diffusion.num_timesteps - 1
+    if last == 0:
+        return torch.zeros(1, dtype=torch.float64)
+    even = torch.linspace(1, last, PILOT_TIMES, dtype=torch.float64)
+    dense = torch.logspace(0, math.log10(last), PILOT_TIMES, dtype=torch.float64)
+    grid = torch.tensor(sorted({min(round(t), last) for t in [*even.tolist(), *dense.tolist()]}))
+    images = at_least_float32(x_start[:PILOT_IMAGES])
+    told = _rows_of(model_kwargs, len(x_start), list(range(len(images))))
+    key = seed_of("pilot", int(seed))
+    estimate = _Estimate(diffusion, model, images, range(len(images)), key, clip_denoised, told)
+    with torch.no_grad():
+        moments = estimate.values(grid.expand(len(images), -1)).square().mean(0).clamp(min=1e-30)
+    times = torch.arange(1, last + 1)
+    right = torch.searchsorted(grid, times).clamp(1 if len(grid) > 1 else 0, len(grid) - 1)
+    left = (right - 1).clamp(min=0)
+    share = (times - grid[left]) / (grid[right] - grid[left]).clamp(min=1)
+    p = torch.lerp(moments.log()[left], moments.log()[right], share.double()).div(2).exp()
+    p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / last
+    return torch.cat([p.new_zeros(1), p])
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -80,43 +148,95 @@ class _Estimate(NamedTuple):
     clip_denoised: bool
     model_kwargs: ModelKwargs
 
-    def every_kl(self) -> Tensor:
-        terms = [self.term(t) for t in range(self.diffusion.num_timesteps - 1, 0, -1)]
-        return _sum(terms, self.x_start)
+    def values(self, times: Tensor) -> Tensor:
+        """The terms (B, S), float64 on the CPU, at the ``times`` (B, S) of each image."""
+        count, draws = times.shape
+        # Time by time, so that the rows of one call are alike where all images have the same times.
+        rows = [(image, t, again) for column in _columns(times) for image, (t, again) in enumerate(column)]
+        parts = [self._terms(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+        flat = torch.cat(parts) if parts else torch.zeros(0)
+        return flat.cpu().double().reshape(draws, count).T
 
-    def some_kl(self, terms: int) -> Tensor:
-        last = self.diffusion.num_timesteps - 1  # the strata divide 1..last
-        drawn = []
-        for stratum in range(terms):
-            u = torch.tensor([self._uniform(index, stratum) for index in self.indices], dtype=torch.float64)
-            t = 1 + ((stratum + u) / terms * last).long().clamp(max=last - 1)
-            drawn.append(self.term(t))
-        return _sum(drawn, self.x_start) * last / terms
+    def _terms(self, rows: Sequence[tuple[int, int, int]]) -> Tensor:
+        """The term of each row: an image, a timestep, and which draw of that timestep it is."""
+        device, images = self.x_start.device, [image for image, _, _ in rows]
+        x_start = self.x_start[images]
+        noise = normal_rows(x_start, (self._generator(*row) for row in rows))
+        t = torch.tensor([t for _, t, _ in rows], device=device)
+        x_t = self.diffusion.q_sample(x_start, t, noise)
+        told = _rows_of(self.model_kwargs, len(self.x_start), images)
+        return self.diffusion.vb_terms_bpd(self.model, x_start, x_t, t, self.clip_denoised, told)["output"]
 
-    def term(self, t: int | Tensor) -> Tensor:
-        """One term of each image, (B,); ``t`` is an int or (B,) on the CPU."""
-        steps = [t] * len(self.indices) if isinstance(t, int) else t.tolist()
-        noise = normal_rows(self.x_start, self._generators(steps))
-        step = t if isinstance(t, int) else t.to(self.x_start.device)
-        x_t = self.diffusion.q_sample(self.x_start, step, noise)
-        terms = self.diffusion.vb_terms_bpd(
-            self.model, self.x_start, x_t, step, self.clip_denoised, self.model_kwargs
-        )
-        return terms["output"]
-
-    def _generators(self, steps: Sequence[int]) -> Iterator[torch.Generator]:
-        generator = torch.Generator(self.x_start.device)
-        for index, t in zip(self.indices, steps, strict=True):
-            yield generator.manual_seed(seed_of("bound", int(self.seed), int(index), t))
-
-    def _uniform(self, index: int, stratum: int) -> float:
-        return float(
-            torch.rand((), generator=generator_for("cpu", "stratum", int(self.seed), int(index), stratum))
+    def _generator(self, image: int, t: int, again: int) -> torch.Generator:
+        time = int(self.diffusion.floats["timestep_map"][t])
+        repeated = (again,) if again else ()
+        return generator_for(
+            self.x_start.device, "bound", int(self.seed), int(self.indices[image]), time, *repeated
         )
 
 
-def _sum(terms: Sequence[Tensor], x_start: Tensor) -> Tensor:
-    """The sum of (B,) terms in float64 on the CPU, fetched from the device once."""
-    if not terms:
-        return torch.zeros(len(x_start), dtype=torch.float64)
-    return torch.stack(list(terms)).cpu().double().sum(0)
+def _columns(times: Tensor) -> list[list[tuple[int, int]]]:
+    """Of each column of ``times`` (B, S): the timesteps, and how often the image had each of them before."""
+    seen: list[Counter[int]] = [Counter() for _ in range(len(times))]
+    columns = []
+    for column in times.T.tolist():
+        columns.append([(t, seen[image][t]) for image, t in enumerate(column)])
+        for image, t in enumerate(column):
+            seen[image][t] += 1
+    return columns
+
+
+def _every_time(diffusion: GaussianDiffusion, count: int) -> tuple[Tensor, Tensor]:
+    times = torch.arange(1, diffusion.num_timesteps).expand(count, -1)
+    return times, torch.ones(times.shape, dtype=torch.float64)
+
+
+def _drawn_times(
+    diffusion: GaussianDiffusion, indices: Sequence[int], seed: int, terms: int, probabilities: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Timesteps and their weights (B, S): one in each stratum of equal probability."""
+    total = diffusion.num_timesteps
+    p = torch.ones(total) if probabilities is None else probabilities
+    if p.shape != (total,):
+        raise ShapeError(f"probabilities must be ({total},), got {tuple(p.shape)}")
+    p = p.detach().cpu().double()[1:]
+    if not bool((p > 0).all()) or not bool(p.isfinite().all()):
+        raise ArgumentError("probabilities must be positive and finite at every t >= 1")
+    p = p / p.sum()
+    u = torch.stack(
+        [
+            torch.rand(
+                terms, dtype=torch.float64, generator=generator_for("cpu", "strata", int(seed), int(index))
+            )
+            for index in indices
+        ]
+    )
+    position = (torch.arange(terms) + u) / terms
+    place = torch.searchsorted(p.cumsum(0), position, right=True).clamp(max=total - 2)
+    return place + 1, 1 / (terms * p[place])
+
+
+def _stratified_variance(values: Tensor) -> Tensor:
+    """Of the sum of ``values`` (B, S), drawn once in each stratum: from successive differences, (B,).
+
+    Exact for strata of one mean, else too large by what the means of neighbours differ.
+    """
+    count = values.shape[1]
+    if count < 2:
+        return values.new_full((len(values),), math.nan if count else 0.0)
+    return values.diff(dim=1).square().sum(1) * count / (2 * (count - 1))
+
+
+def _mean_variance(values: Tensor) -> Tensor:
+    """Of the mean of ``values`` (B, R): NaN for a single one."""
+    return (
+        values.var(1) / values.shape[1] if values.shape[1] > 1 else values.new_full((len(values),), math.nan)
+    )
+
+
+def _rows_of(model_kwargs: ModelKwargs, count: int, rows: list[int]) -> ModelKwargs:
+    """``model_kwargs`` for the images ``rows`` out of ``count``."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
+        for name, value in (model_kwargs or {}).items()
+    }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perrin.data import to_levels, write_grid
 from perrin.diffusion import GaussianDiffusion
-from perrin.likelihood import bound, mean_and_error
+from perrin.likelihood import PILOT_IMAGES, bound, mean_and_error, term_probabilities
 from perrin.reverse import Model
 from perrin.samplers import SampleNoise, SamplerDDIM
 from perrin.training.step import Batches, chunks, model_kwargs
@@ -78,16 +78,32 @@ def held_out_bpd(network: RangeCounter, diffusion: GaussianDiffusion, batches: B
     held_out = batches.held_out
     count = min(len(held_out), MOST_IMAGES)
     chosen = [int(held_out[place * len(held_out) // count]) for place in range(count)]
+    terms = TERMS if diffusion.num_timesteps > TERMS + 1 else None
+    probabilities = None
+    if terms is not None:
+        x_start, told = _told(batches, chosen[:PILOT_IMAGES])
+        probabilities = term_probabilities(diffusion, network, x_start, seed=SEED, model_kwargs=told)
     totals = []
     for rows in chunks(count, _chunk(batches)):
-        x_start, labels = batches.dataset.batch(chosen[rows], batches.device)
-        told = model_kwargs(labels if batches.config.data.conditional else None)
-        terms = TERMS if diffusion.num_timesteps > TERMS + 1 else None
+        x_start, told = _told(batches, chosen[rows])
         found = bound(
-            diffusion, network, x_start, indices=chosen[rows], seed=SEED, terms=terms, model_kwargs=told
+            diffusion,
+            network,
+            x_start,
+            indices=chosen[rows],
+            seed=SEED,
+            terms=terms,
+            probabilities=probabilities,
+            model_kwargs=told,
         )
         totals.append(found.total)
     return torch.cat(totals)
+
+
+def _told(batches: Batches, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The examples ``chosen`` and what the network is told of them."""
+    x_start, labels = batches.dataset.batch(chosen, batches.device)
+    return x_start, model_kwargs(labels if batches.config.data.conditional else None)
 
 
 def draw_grid(network: nn.Module, diffusion: GaussianDiffusion, batches: Batches, path: Path) -> Path:
