@@ -3,12 +3,15 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
 from perrin.cli.main import main
+from perrin.cli.train import Preset
+from perrin.presets import PRESETS
 from perrin.training import Interrupted, RunFolder
 
 
@@ -62,6 +65,76 @@ def test_unknown_keys_in_a_file_are_refused(tmp_path, capsys):
     file.write_text("[training]\nlearning_rate = 1e-3\n")
     line = error_of(["train", "digits", "--out", str(tmp_path / "run"), "--config", str(file)], capsys)
     assert line == f"{file}: unknown key training.learning_rate"
+
+
+PRESET = ["--preset", "likelihood", "--channels", "8", "--num-timesteps", "4", "--num-heads", "1"]
+SHORT = ["--minutes", "None", "--steps", "2", "--precision", "fp32", "--batch-size", "4"]
+
+
+def test_a_preset_gives_the_defaults_and_the_data_what_it_leaves_open(tmp_path, capsys):
+    command = ["train", str(image_file(tmp_path, size=16)), "--out", str(tmp_path / "run"), *PRESET, *SHORT]
+    assert figures_of(command, capsys)["finished"]
+    config = RunFolder.open(tmp_path / "run").config
+    assert (config.diffusion.schedule, config.network.level_basis, config.network.channels) == (
+        "log-snr-linear",
+        16,
+        8,
+    )
+    assert (config.diffusion.log_snr_max, config.network.fourier, config.network.patch) == (13.28, (), 2)
+    assert figures_of([*command[:-1], "4"], capsys)["finished"]
+    assert figures_of(["train", "--out", str(tmp_path / "run"), "--steps", "3"], capsys)["step"] == 3
+
+
+def test_the_command_with_a_preset_resumes_its_run(tmp_path, capsys):
+    command = ["train", str(image_file(tmp_path)), "--out", str(tmp_path / "run"), *PRESET, *SHORT]
+    assert figures_of([*command, "--stop-at", "1"], capsys)["step"] == 1
+    assert "going on from the checkpoint of step 1" in _notes_of(command, capsys)
+    without_data = ["train", "--out", str(tmp_path / "run"), *PRESET, *SHORT]
+    assert figures_of(without_data, capsys)["step"] == 2
+    line = error_of([*command, "--log-snr-max", "9"], capsys)
+    assert line.endswith("diffusion.log_snr_max is 13.28, asked for 9.0")
+
+
+def test_a_file_goes_before_the_preset(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("[diffusion]\nlog_snr_max = 8.0\n[network]\ndropout = 0.25\n[training]\nlr = 0.5\n")
+    data, out = str(image_file(tmp_path)), str(tmp_path / "run")
+    command = ["train", data, "--out", out, *PRESET, *SHORT, "--config", str(file), "--lr", "0.01"]
+    assert figures_of(command, capsys)["finished"]
+    config = RunFolder.open(out).config
+    assert (config.diffusion.log_snr_max, config.network.dropout, config.training.lr) == (8.0, 0.25, 0.01)
+    assert (config.network.level_basis, config.network.patch) == (16, 1)
+
+
+def test_an_unknown_preset_is_one_line_that_names_those_there_are(capsys):
+    line = error_of(["train", "digits", "--preset", "fast"], capsys)
+    assert "'fast'" in line
+    assert "--preset" in line
+    assert "likelihood" in line
+
+
+def test_presets_stand_in_the_help(capsys):
+    assert main(["train", "--help"]) == 0
+    assert re.search(r"--preset \{None,likelihood\}", capsys.readouterr().out)
+
+
+def test_every_preset_can_be_asked_for():
+    assert get_args(Preset) == tuple(PRESETS)
+
+
+def test_a_preset_for_levels_refuses_data_without(tmp_path, capsys):
+    command = [
+        "train",
+        str(vector_file(tmp_path)),
+        "--kind",
+        "mlp",
+        "--preset",
+        "likelihood",
+        "--level-basis",
+        "4",
+    ]
+    line = error_of([*command, "--out", str(tmp_path / "run")], capsys)
+    assert "network.level_basis = 4: needs data with levels" in line
 
 
 def test_a_stopped_run_goes_on_by_the_same_command_or_by_its_path_alone(tmp_path, capsys):

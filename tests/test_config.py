@@ -10,6 +10,7 @@ from perrin.config import (
     MLPConfig,
     RunConfig,
     TrainingConfig,
+    UNetConfig,
     decode,
     differences,
     encode,
@@ -71,6 +72,32 @@ def test_toml_sets_the_keys_it_names(tmp_path):
     assert read_toml(path) == RunConfig(
         network=MLPConfig(width=8), training=TrainingConfig(ema=(0.9,), lr=1e-3)
     )
+
+
+def test_toml_goes_before_its_base(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[network]\nchannels = 8\n[training]\nlr = 1e-3\n")
+    base = replace(DEMO, network=UNetConfig(channels=24, dropout=0.3))
+    expected = replace(
+        base, network=UNetConfig(channels=8, dropout=0.3), training=replace(DEMO.training, lr=1e-3)
+    )
+    assert read_toml(path, base) == expected
+
+
+def test_toml_with_another_kind_of_network_leaves_that_of_its_base(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[network]\nkind = "mlp"\n')
+    assert read_toml(path, DEMO) == replace(DEMO, network=MLPConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("network = 3", "network = 3"), ("[net]\na = 1", "unknown key net")]
+)
+def test_mistakes_in_a_toml_file_over_a_base_are_named(tmp_path, content, message):
+    path = tmp_path / "run.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_toml(path, DEMO)
 
 
 @pytest.mark.parametrize("content", ["[training", "[training]\nlr = nan_\n", "\xff"])

@@ -23,7 +23,7 @@ LAYERS = (
         "networks",
         "data",
     },
-    {"forward"},
+    {"forward", "presets"},
     {"reverse"},
     {"diffusion"},
     {"denoiser", "oracles"},

@@ -32,6 +32,10 @@ def test_output_has_the_shape_of_the_input_and_starts_at_zero(
     assert awake(network)(torch.randn(3, dim), TIMES).std() > 0
 
 
+def test_the_output_can_have_another_length() -> None:
+    assert awake(MLP(6, width=8, out_dim=4))(torch.randn(3, 6), TIMES).shape == (3, 4)
+
+
 def test_time_class_and_fourier_features_change_the_output() -> None:
     x, y = torch.randn(3, 2), torch.tensor([0, 2, 1])
     network = awake(MLP(2, width=32, num_classes=3))

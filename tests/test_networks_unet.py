@@ -82,9 +82,58 @@ def test_the_first_network_of_the_readme_works() -> None:
 def test_its_options_are_those_of_the_configuration() -> None:
     config = UNetConfig(channels=8, num_res_blocks=1)
     options = {key: value for key, value in vars(config).items() if key in UNetConfig.__dataclass_fields__}
-    del options["kind"]
+    del options["kind"], options["level_basis"]
     network = UNet(8, 1, **options)
     assert network(torch.randn(2, 1, 8, 8), TIMES).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("patch", "size"), [(2, (8, 12)), (3, (6, 12)), (4, (8, 16))])
+def test_patches_keep_the_shape_of_the_image(patch: int, size: tuple[int, int]) -> None:
+    network = awake(small(size, 2, patch=patch, learn_sigma=True, num_classes=3, fourier=(1,)))
+    x, y = torch.randn(2, 2, *size), torch.tensor([0, 2])
+    assert network(x, TIMES, y).shape == (2, 4, *size)
+    assert network(x.double(), TIMES, y).dtype == torch.float64
+
+
+def test_each_pixel_of_a_patch_counts_and_is_answered_in_its_place() -> None:
+    network = awake(small(8, patch=2, channel_mult=(1,), attention_levels=()))
+    network.middle[0].attention = torch.nn.Identity()
+    x = torch.randn(1, 1, 16, 16, requires_grad=True)
+    t = torch.tensor([3])
+    for row, column in [(0, 0), (0, 1), (1, 0), (15, 15)]:
+        (slope,) = torch.autograd.grad(network(x, t)[0, 0, row, column], x)
+        strongest = slope[0, 0].abs()
+        assert (strongest[row // 2 * 2 : row // 2 * 2 + 2, column // 2 * 2 : column // 2 * 2 + 2] > 0).all()
+
+
+def test_the_levels_of_a_network_of_patches_suit_their_number() -> None:
+    network = UNet(32, 1, 8, patch=2)
+    assert network.levels == 3
+    with pytest.raises(ShapeError, match=r"multiples of 8 for 3 levels of patches of 2, got 12 x 8"):
+        network(torch.randn(1, 1, 12, 8), torch.tensor([1]))
+    with pytest.raises(ShapeError, match=r"multiples of 3 for 1 levels of patches of 3, got 8 x 8"):
+        small(8, patch=3)
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_the_skip_adds_the_input_to_the_mean_alone(learn_sigma: bool) -> None:
+    plain = awake(small(8, 2, learn_sigma=learn_sigma))
+    skipping = awake(small(8, 2, learn_sigma=learn_sigma, input_skip=True))
+    x = torch.randn(2, 2, 8, 8)
+    difference = skipping(x, TIMES) - plain(x, TIMES)
+    assert_close(difference[:, :2], x, atol=1e-5, rtol=0)
+    assert (difference[:, 2:] == 0).all()
+
+
+def test_the_output_can_have_other_channels() -> None:
+    network = awake(small(8, 3, out_channels=5, patch=2))
+    assert network(torch.randn(2, 3, 8, 8), TIMES).shape == (2, 5, 8, 8)
+
+
+def test_the_same_seed_makes_the_same_network_of_patches() -> None:
+    x = torch.randn(2, 1, 8, 8)
+    one, other = (awake(small(8, patch=2, input_skip=True))(x, TIMES) for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_mean_and_variance_start_at_zero() -> None:
@@ -244,6 +293,9 @@ def test_inputs_that_do_not_fit_are_refused(x: Tensor, kind: type[Exception], me
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"num_heads": 3}, "num_heads must divide the 16 channels"),
+        ({"patch": 0}, "patch must be at least 1, got 0"),
+        ({"out_channels": 0}, "out_channels must be at least 1, got 0"),
+        ({"out_channels": 3, "input_skip": True}, "input_skip needs 1 output channels or twice that, got 3"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

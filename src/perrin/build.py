@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,26 @@ from torch import Tensor, nn
 from perrin.config import DiffusionConfig, MLPConfig, RunConfig, UNetConfig
 from perrin.data import Dataset, Facts, load
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import ConfigError, DataError
+from perrin.errors import ConfigError, DataError, RunError
+from perrin.likelihood.calibration import Calibration
 from perrin.losses import LossType
-from perrin.networks import MLP, UNet
+from perrin.networks import MLP, LevelPosterior, UNet
+from perrin.networks.posterior import CHAIN_TABLES, LEVEL_INPUTS
 from perrin.parameterization import ModelMeanType
+from perrin.presets import resolved
 from perrin.randomness import seed_of
-from perrin.schedules import Betas, get_named_beta_schedule, log_snr_linear_betas, zero_terminal_snr
+from perrin.schedules import (
+    Betas,
+    get_named_beta_schedule,
+    log_snr_linear_betas,
+    space_timesteps,
+    zero_terminal_snr,
+)
 from perrin.training import RunFolder, check_data, check_fit
 from perrin.training.schedule import Budget
 from perrin.variance import ModelVarType
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,17 @@ def build_diffusion(config: DiffusionConfig, levels: int | None) -> GaussianDiff
 
 def _betas(config: DiffusionConfig) -> Betas:
     if config.schedule == "log-snr-linear":
-        betas = log_snr_linear_betas(config.num_timesteps, config.log_snr_max, config.log_snr_min)
+        log_snr_max = _chosen(config.log_snr_max, "diffusion.log_snr_max")
+        betas = log_snr_linear_betas(config.num_timesteps, log_snr_max, config.log_snr_min)
     else:
         betas = get_named_beta_schedule(config.schedule, config.num_timesteps)
     return zero_terminal_snr(betas) if config.zero_terminal_snr else betas
+
+
+def _chosen(value: Value | None, key: str) -> Value:
+    if value is None:
+        raise ConfigError(f"{key} = None: needs a value, which `presets.resolved` chooses by the data")
+    return value
 
 
 def build_network(
@@ -85,20 +104,24 @@ def build_network(
     if config.kind != needed:
         raise ConfigError(f"network.kind = {config.kind!r}: data of shape {facts.shape} need {needed!r}")
     num_classes = len(_class_names(facts)) if conditional else None
+    fourier = _chosen(config.fourier, "network.fourier")
+    channels = facts.shape[0]
+    inputs = LEVEL_INPUTS * channels if config.level_basis else channels
+    outputs = channels * (config.level_basis or 1 + learn_sigma)
     if isinstance(config, MLPConfig):
         return MLP(
-            facts.shape[0],
+            inputs,
             width=config.width,
             depth=config.depth,
-            learn_sigma=learn_sigma,
             num_classes=num_classes,
             dropout=config.dropout,
-            fourier=config.fourier,
+            fourier=fourier,
+            out_dim=outputs,
         )
-    channels, height, width = facts.shape
+    height, width = facts.shape[1:]
     return UNet(
         (height, width),
-        in_channels=channels,
+        in_channels=inputs,
         channels=config.channels,
         channel_mult=config.channel_mult,
         num_res_blocks=config.num_res_blocks,
@@ -106,9 +129,34 @@ def build_network(
         num_heads=config.num_heads,
         dropout=config.dropout,
         num_classes=num_classes,
-        learn_sigma=learn_sigma,
-        fourier=config.fourier,
+        fourier=fourier,
         checkpoint=config.checkpoint,
+        patch=_chosen(config.patch, "network.patch"),
+        out_channels=outputs,
+        input_skip=config.input_skip,
+    )
+
+
+def _with_posterior(body: nn.Module, config: RunConfig, diffusion: GaussianDiffusion) -> LevelPosterior:
+    """``body`` as the beliefs of a `LevelPosterior` on ``diffusion``."""
+    chain, basis = config.diffusion, config.network.level_basis
+    if isinstance(config.network, UNetConfig) and config.network.input_skip:
+        raise ConfigError(
+            f"network.level_basis = {basis}: the output is no image, so input_skip must be False"
+        )
+    variances = ("learned-range", "fixed-small", "fixed-large")
+    if chain.mean_type != "start-x" or chain.var_type not in variances or diffusion.levels is None:
+        raise ConfigError(
+            f"network.level_basis = {basis}: needs data with levels, mean_type start-x and var_type "
+            f"{', '.join(variances)}, got {diffusion.levels} levels, {chain.mean_type} and {chain.var_type}"
+        )
+    return LevelPosterior(
+        body,
+        levels=diffusion.levels,
+        basis=basis,
+        tables={name: diffusion.get_buffer(name) for name in CHAIN_TABLES},
+        time_scale=1000 / chain.num_timesteps if chain.rescale_timesteps else 1.0,
+        learn_sigma=chain.var_type == "learned-range",
     )
 
 
@@ -122,6 +170,7 @@ def _class_names(facts: Facts) -> tuple[str, ...]:
 
 def build_model(config: RunConfig, facts: Facts) -> tuple[GaussianDiffusion, nn.Module]:
     """The chain and the network, with initial weights determined by ``training.seed``, on the CPU."""
+    config = resolved(config, facts.shape, facts.levels)
     diffusion = build_diffusion(config.diffusion, facts.levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("initial weights", config.training.seed))
@@ -131,7 +180,7 @@ def build_model(config: RunConfig, facts: Facts) -> tuple[GaussianDiffusion, nn.
             learn_sigma=diffusion.output_channels(1) > 1,
             conditional=config.data.conditional,
         )
-    return diffusion, network
+    return diffusion, _with_posterior(network, config, diffusion) if config.network.level_basis else network
 
 
 FACTS = ("shape", "levels", "class_names", "count", "fingerprint")
@@ -146,11 +195,13 @@ def start_run(config: RunConfig, out: str | Path) -> Session:
     Budget.of(config.training)
     known = RunFolder.open(out) if RunFolder.holds_run(out) else None
     if known is not None:
+        config = resolved(config, known.facts.shape, known.facts.levels)
         known.check_revision(config)
     dataset = load(config.data.path, levels=config.data.levels, cache=_cache_folder())
     if known is not None:
         problem = f"{config.data.path} is not, or no longer, what {out} was begun with"
         _check_facts(known.facts, dataset.facts, problem, *FACTS)
+    config = resolved(config, dataset.facts.shape, dataset.facts.levels)
     diffusion, network = build_model(config, dataset.facts)
     check_data(dataset, config)
     folder = known.revise(config) if known else RunFolder.create(out, config, dataset.facts)
@@ -180,6 +231,33 @@ def load_run(
     network.load_state_dict(state)
     network.requires_grad_(False).eval().to(device)
     return Run(folder, diffusion.to(device), network, name, found, torch.device(device))
+
+
+def run_chain(run: Run, *, steps: int | None = None, calibrated: bool = False) -> GaussianDiffusion:
+    """The run's chain: whole, of ``steps`` timesteps evenly spaced, or with the calibrated timesteps and variances.
+
+    A calibrated chain without ``steps`` has as many as were best. Raises `ArgumentError` for steps out of range,
+    `RunError` where there is no calibration, or where it was made for other weights than the run's.
+    """
+    if calibrated:
+        return run_calibration(run).chain(run.diffusion, steps)
+    if steps is None or steps == run.diffusion.num_timesteps:
+        return run.diffusion
+    return run.diffusion.respaced(space_timesteps(run.diffusion.num_timesteps, steps))
+
+
+def run_calibration(run: Run) -> Calibration:
+    """What `perrin calibrate` found for the run. Raises `RunError` where it did not, or for other weights."""
+    path = run.folder.calibration_path
+    if not path.exists():
+        raise RunError(f"{run.folder.path} is not calibrated: `perrin calibrate {run.folder.path}` does it")
+    found = Calibration.read(path)
+    if (found.weights, found.step) != (run.weights, run.step):
+        raise RunError(
+            f"{path} is for weights {found.weights} of step {found.step}, not {run.weights} of step {run.step}: "
+            f"calibrate again"
+        )
+    return found
 
 
 def run_data(run: Run, path: str | Path | None = None) -> Dataset:

@@ -21,6 +21,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrin
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Frequencies = tuple[Annotated[int, Field(ge=0, le=16)], ...]
 Schedule = Literal["linear", "cosine", "sqrt-linear", "sigmoid", "log-snr-linear"]
 MeanType = Literal["epsilon", "start-x", "velocity", "previous-x"]
 VarType = Literal["fixed-small", "fixed-large", "learned", "learned-range"]
@@ -51,8 +52,8 @@ class DiffusionConfig:
     """Noise schedule."""
     num_timesteps: Positive = 1000
     """Number of steps T of the chain."""
-    log_snr_max: float = 13.3
-    """Log signal-to-noise ratio at the first step (log-snr-linear only)."""
+    log_snr_max: float | None = 13.3
+    """Log signal-to-noise ratio at the first step (log-snr-linear only); None: by the number of levels."""
     log_snr_min: float = -5.0
     """Log signal-to-noise ratio at the last step (log-snr-linear only)."""
     zero_terminal_snr: bool = False
@@ -85,10 +86,19 @@ class UNetConfig:
     """Attention heads."""
     dropout: Share = 0.0
     """Share of activations dropped in training."""
-    fourier: tuple[Annotated[int, Field(ge=0, le=16)], ...] = ()
-    """Input Fourier features: the n of sin and cos of 2 pi 2^n x; 6 turns half round per 8-bit level."""
+    fourier: Frequencies | None = ()
+    """Input Fourier features: the n of sin and cos of 2 pi 2^n x; 6 turns half round per 8-bit level. None: by the
+    number of levels."""
     checkpoint: bool = False
     """Whether activations are computed again in the backward pass, to save memory."""
+    patch: Positive | None = 1
+    """Side of the squares of pixels that the first level takes as one position; 2 is four times as fast. None: 2 for
+    images with even sides from 16 pixels on, else 1."""
+    input_skip: bool = False
+    """Whether the noisy input is added to the mean part of the output."""
+    level_basis: Annotated[int, Field(ge=0, le=256)] = 0
+    """Functions over the levels by which the network states its beliefs, from which Bayes' rule makes the mean and
+    the variance; with mean_type start-x. 0: it predicts directly."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -103,8 +113,11 @@ class MLPConfig:
     """Number of residual blocks."""
     dropout: Share = 0.0
     """Share of activations dropped in training."""
-    fourier: tuple[Annotated[int, Field(ge=0, le=16)], ...] = ()
-    """Input Fourier features: the n of sin and cos of 2 pi 2^n x."""
+    fourier: Frequencies | None = ()
+    """Input Fourier features: the n of sin and cos of 2 pi 2^n x. None: by the number of levels."""
+    level_basis: Annotated[int, Field(ge=0, le=256)] = 0
+    """Functions over the levels by which the network states its beliefs, from which Bayes' rule makes the mean and
+    the variance; with mean_type start-x. 0: it predicts directly."""
 
 
 def _kind(network: object) -> object:
@@ -202,13 +215,26 @@ def encode(config: RunConfig) -> dict[str, Any]:
     return values
 
 
-def read_toml(path: Path) -> RunConfig:
-    """The configuration in a TOML file. Raises `ConfigError` when it cannot be read."""
+def read_toml(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """The configuration in a TOML file, whose absent keys are those of ``base``, by default the defaults.
+
+    Raises `ConfigError` when it cannot be read.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    return decode(values, str(path))
+    return decode(values if base is None else _over(values, encode(base)), str(path))
+
+
+def _over(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the keys of ``base`` that they lack; a network of another kind is all its own."""
+    merged = {}
+    for section in values.keys() | base.keys():
+        one, other = values.get(section, {}), base.get(section, {})
+        mixed = isinstance(one, dict) and one.get("kind", other.get("kind")) == other.get("kind")
+        merged[section] = {**other, **one} if mixed else one
+    return merged
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:

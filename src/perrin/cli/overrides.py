@@ -59,7 +59,8 @@ def _short(arg: str) -> list[str]:
         return [flag]
     if isinstance(known[name].default, bool):
         return [_switch(f"{section}.{name}", flag, value)]
-    if "tuple[" in str(known[name].type) and value.lower() != "none":
+    several = isinstance(known[name].default, tuple) or "tuple[" in str(known[name].type)
+    if several and value.lower() != "none":
         return [flag, *re.findall(r"[^\s,\[\]()]+", value)]
     return [f"{flag}={'None' if value.lower() == 'none' else value}"]
 

@@ -2,6 +2,7 @@
 
 from perrin.networks.embeddings import timestep_embedding
 from perrin.networks.mlp import MLP
+from perrin.networks.posterior import LevelPosterior
 from perrin.networks.unet import UNet
 
-__all__ = ["MLP", "UNet", "timestep_embedding"]
+__all__ = ["MLP", "LevelPosterior", "UNet", "timestep_embedding"]

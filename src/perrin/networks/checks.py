@@ -30,9 +30,10 @@ def require_input(x: Tensor, channels: int, axes: Sequence[str]) -> None:
         raise ArgumentError(f"x must be floating-point values in [-1, 1], got {x.dtype}")
 
 
-def require_divisible(size: Sequence[int], levels: int) -> None:
-    """Raises `ShapeError`, naming the nearest sizes that do, unless ``size`` (H, W) halves at each level."""
-    step = 2 ** (levels - 1)
+def require_divisible(size: Sequence[int], levels: int, patch: int = 1) -> None:
+    """Raises `ShapeError`, naming the nearest sizes that do, unless ``size`` (H, W) divides into patches whose
+    number halves at each level."""
+    step = patch * 2 ** (levels - 1)
     if all(side % step == 0 for side in size):
         return
     smaller = tuple(max(side // step, 1) * step for side in size)
@@ -40,6 +41,7 @@ def require_divisible(size: Sequence[int], levels: int) -> None:
     allowed = " or ".join(dict.fromkeys(f"{height} x {width}" for height, width in (smaller, larger)))
     height, width = size
     raise ShapeError(
-        f"height and width must be multiples of {step} for {levels} levels, "
+        f"height and width must be multiples of {step} for {levels} levels"
+        f"{f' of patches of {patch}' if patch > 1 else ''}, "
         f"got {height} x {width}; the nearest that are: {allowed}"
     )

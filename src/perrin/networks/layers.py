@@ -103,6 +103,12 @@ class Upsample(nn.Module):
         return out
 
 
+def add_input(out: Tensor, x: Tensor) -> Tensor:
+    """``out`` (B, C or 2C, ...) with ``x`` (B, C, ...) added to its first C channels."""
+    channels = x.shape[1]
+    return torch.cat([out[:, :channels] + x, out[:, channels:]], dim=1)
+
+
 def output_layers(channels: int, out_channels: int, *, layer: MakeLayer = conv3x3) -> nn.Sequential:
     """Normalization and the map to the output, which starts at zero."""
     return nn.Sequential(GroupNorm(channels), nn.SiLU(), zeroed(layer(channels, out_channels)))

@@ -19,6 +19,7 @@ class MLP(nn.Module):
     num_classes: number of classes of a conditional network, whose `forward` then needs ``y``.
     dropout: share of activations dropped in training.
     fourier: the n of the input Fourier features, see `FourierFeatures`.
+    out_dim: length of the output where it is neither D nor 2D.
 
     The output starts at zero. Raises `ArgumentError` for a value outside its range.
     """
@@ -33,9 +34,10 @@ class MLP(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         fourier: Sequence[int] = (),
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
-        require_positive(dim=dim, width=width, depth=depth, num_classes=num_classes)
+        require_positive(dim=dim, width=width, depth=depth, num_classes=num_classes, out_dim=out_dim)
         require_share(dropout=dropout)
         self.dim, self.num_classes = dim, num_classes
         self.features = FourierFeatures(fourier)
@@ -44,7 +46,7 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(
             ResidualBlock(width, width, width, dropout=dropout, layer=nn.Linear) for _ in range(depth)
         )
-        self.exit = output_layers(width, 2 * dim if learn_sigma else dim, layer=nn.Linear)
+        self.exit = output_layers(width, out_dim or (2 * dim if learn_sigma else dim), layer=nn.Linear)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """(B, D or 2D) in the precision of ``x`` (B, D), for times ``t`` (B,) and classes ``y`` (B,).

@@ -18,18 +18,23 @@ def level_plan(
     image_size: int | tuple[int, int],
     channel_mult: Sequence[int] | None,
     attention_levels: Sequence[int] | None,
+    patch: int = 1,
 ) -> list[LevelPlan]:
-    """The levels from full size on, those asked for or, where None, those that suit the size.
+    """The levels from one position per ``patch`` x ``patch`` pixels on, those asked for or, where None, those
+    that suit the number of positions.
 
     Raises `ArgumentError` for values out of range, `ShapeError` for a size that the levels do not divide.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    require_positive(image_size=min(size))
-    mult = default_channel_mult(size) if channel_mult is None else tuple(channel_mult)
+    require_positive(image_size=min(size), patch=patch)
+    require_divisible(size, 1, patch)
+    positions = (size[0] // patch, size[1] // patch)
+    mult = default_channel_mult(positions) if channel_mult is None else tuple(channel_mult)
     require_positive(channel_mult=min(mult, default=0))
     levels = range(len(mult))
-    require_divisible(size, len(levels))
-    attended = default_attention_levels(size, len(levels)) if attention_levels is None else attention_levels
+    require_divisible(size, len(levels), patch)
+    default = default_attention_levels(positions, len(levels))
+    attended = default if attention_levels is None else attention_levels
     if not set(attended) <= set(levels):
         raise ArgumentError(f"attention_levels must lie in 0 to {levels[-1]}, got {tuple(attended)}")
     return [LevelPlan(mult[level], level in attended) for level in levels]

@@ -1,0 +1,101 @@
+"""Named configurations, and the values in them that are chosen by the data before a run begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from perrin.config import DiffusionConfig, RunConfig, TrainingConfig, UNetConfig
+
+SIGMA_SHARE = 1 / 3
+"""The first sigma of a chain for data with levels, in halves of the distance of two levels: the level is then as good
+as known (VDM's log-SNR of 13.3 for 256 levels, arXiv:2107.00630)."""
+
+CONTINUOUS_LOG_SNR = 13.3
+"""The first log-SNR for data without levels."""
+
+PATCHED_SIDE = 16
+"""From so many pixels on, the fewest of which two are taken at a time."""
+
+
+def resolved(config: RunConfig, shape: Sequence[int], levels: int | None) -> RunConfig:
+    """``config`` with the values in the place of those None that stand for a choice by the data.
+
+    ``shape`` (C, H, W) or (D,) and ``levels`` are the data's. Values that are given stay as they are.
+    """
+    diffusion, network = config.diffusion, config.network
+    if diffusion.log_snr_max is None:
+        diffusion = replace(diffusion, log_snr_max=first_log_snr(levels))
+    if network.fourier is None:
+        network = replace(network, fourier=() if network.level_basis else fourier_of(levels))
+    if isinstance(network, UNetConfig) and network.patch is None:
+        network = replace(network, patch=patch_of(shape))
+    return replace(config, diffusion=diffusion, network=network)
+
+
+def first_log_snr(levels: int | None) -> float:
+    """The log-SNR of the first timestep: there sigma is `SIGMA_SHARE` of half the distance of two levels."""
+    if levels is None:
+        return CONTINUOUS_LOG_SNR
+    return round(2 * math.log((levels - 1) / SIGMA_SHARE), 2)
+
+
+def fourier_of(levels: int | None) -> tuple[int, ...]:
+    """The n of three input Fourier features, of which the highest turns half round from one level to the next.
+
+    None for data without levels.
+    """
+    if levels is None:
+        return ()
+    top = max(round(math.log2((levels - 1) / 4)), 0)
+    return tuple(range(max(top - 2, 0), top + 1))
+
+
+def patch_of(shape: Sequence[int]) -> int:
+    """2 for images whose sides are even and at least `PATCHED_SIDE`, else 1."""
+    sides = shape[1:]
+    return 2 if all(side % 2 == 0 and side >= PATCHED_SIDE for side in sides) else 1
+
+
+LIKELIHOOD = RunConfig(
+    diffusion=DiffusionConfig(
+        schedule="log-snr-linear",
+        num_timesteps=500,
+        log_snr_max=None,
+        log_snr_min=-7.0,
+        mean_type="start-x",
+        var_type="learned-range",
+        loss="rescaled-kl",
+    ),
+    network=UNetConfig(
+        channels=32,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attention_levels=(),
+        dropout=0.1,
+        fourier=None,
+        patch=None,
+        level_basis=16,
+    ),
+    training=TrainingConfig(
+        steps=None,
+        minutes=10,
+        batch_size=32,
+        lr=3e-3,
+        warmup_steps=50,
+        decay="cosine",
+        ema=(0.998,),
+        t_sampler="stratified-importance",
+        precision="bf16",
+        evaluate_every=1000,
+    ),
+)
+"""Bits per dimension, in minutes on a CPU.
+
+The loss is the bound itself, of a chain that leaves no doubt of the level at its first step and no signal at its
+last; a small network says which levels it expects, and `LevelPosterior` makes the mean and the variance of that.
+"""
+
+PRESETS = {"likelihood": LIKELIHOOD}
+"""What ``perrin train --preset`` knows."""
