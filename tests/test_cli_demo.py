@@ -27,12 +27,9 @@ def tiny_demo(monkeypatch):
 def test_the_demo_leaves_pictures_figures_and_a_report(tmp_path, capsys):
     out = tmp_path / "digits"
     figures = figures_of(["demo", "--out", str(out)], capsys)
-    assert (figures["n"], figures["num_timesteps"], figures["network_calls"], figures["terms"]) == (
-        36,
-        5,
-        5,
-        None,
-    )
+    assert (figures["n"], figures["num_timesteps"], figures["terms"]) == (36, 5, None)
+    assert (figures["network_calls"], figures["decoder_draws"]) == (8, 4)
+    assert figures["table"] == str(out / "likelihood.csv")
     assert (figures["train_steps"], figures["levels"], figures["weights"]) == (3, 17, "ema-0.9")
     assert figures["bpd"] > 0 < figures["bpd_se"]
     assert 2.3 < figures["histogram_bpd"] < 2.5

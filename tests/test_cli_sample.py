@@ -11,6 +11,7 @@ from perrin.cli.main import main
 from perrin.data import load
 from perrin.data.decode import decode
 from perrin.evaluation.samples import PictureFolder
+from tiny_calibration import calibrate
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,7 @@ def test_vectors_go_into_a_file(vectors, tmp_path, capsys):
         (["--weights", "ema-0.7"], "weights must be one of ema-0.9, ema-0.5, model, got ema-0.7"),
         (["--checkpoint", "3"], "has no checkpoint of step 3, only of 4"),
         (["--label", "0"], "has no classes"),
+        (["--calibrated"], "is not calibrated: `perrin calibrate"),
     ],
 )
 def test_a_mistake_is_one_line(run, flags, message, capsys):
@@ -229,3 +231,62 @@ def test_damaged_settings_are_told_in_one_line(run, tmp_path, capsys, content):
     capsys.readouterr()
     (tmp_path / "x" / "settings.json").write_text(content)
     assert "settings.json is damaged" in error_of(command, capsys)
+
+
+# Calibrated chains
+
+
+def drawn(run, out, *flags):
+    assert main(["sample", str(run), "-n", "2", "--out", str(out), *flags]) == 0
+    return pictures(out)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_calibrated_chain_has_the_timesteps_of_the_calibration(run, tmp_path, sampler):
+    flags = ["--sampler", sampler, "--steps", "3"]
+    even = drawn(run, tmp_path / "even", *flags)
+    with calibrate(run):
+        calibrated = drawn(run, tmp_path / "calibrated", *flags, "--calibrated")
+        assert calibrated != even
+        assert drawn(run, tmp_path / "one", *flags, "--calibrated", "--batch-size", "1") == calibrated
+
+
+def test_the_calibrated_variance_is_that_of_ddpm_and_no_matter_to_ddim(run, tmp_path):
+    for sampler, same in (("ddpm", False), ("ddim", True)):
+        found = []
+        for log_variance in (-3.0, 0.0):
+            with calibrate(run, log_variance=log_variance):
+                out = tmp_path / f"{sampler}{log_variance}"
+                found.append(drawn(run, out, "--sampler", sampler, "--steps", "3", "--calibrated"))
+        assert (found[0] == found[1]) is same
+
+
+def test_a_calibrated_chain_has_a_folder_and_settings_of_its_own(run, tmp_path, capsys):
+    command = ["sample", str(run), "-n", "1", "--calibrated"]
+    with calibrate(run):
+        figures = figures_of(command, capsys)
+        assert figures["samples"] == str(run / "samples" / "ddim2-ema-0.9-step4-calibrated-seed0")
+        assert len(figures["calibration"]) == 12
+        assert figures_of(command, capsys)["kept"] == 1
+        assert main(command) == 0
+        assert "ddim, 2 calibrated steps, seed 0" in capsys.readouterr().out
+        line = error_of([*command, "--steps", "4"], capsys)
+        assert line == "a calibrated chain has from 1 to 3 steps, got 4"
+        plain = ["sample", str(run), "-n", "1", "--steps", "2", "--out", figures["samples"]]
+        assert f"holds samples of calibration {figures['calibration']}, asked for None" in error_of(
+            plain, capsys
+        )
+    with calibrate(run, log_variance=-2.0):
+        assert "holds samples of calibration" in error_of(command, capsys)
+
+
+def test_samples_from_before_calibrations_can_be_gone_on_with(run, tmp_path, capsys):
+    sample(run, tmp_path / "x", "-n", "1")
+    record = tmp_path / "x" / "settings.json"
+    settings = json.loads(record.read_text())
+    del settings["calibration"]
+    record.write_text(json.dumps(settings))
+    figures = figures_of(
+        ["sample", str(run), "--steps", "4", "-n", "2", "--out", str(tmp_path / "x")], capsys
+    )
+    assert figures["kept"] == 1

@@ -14,7 +14,7 @@ from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from perrin.build import Run
-    from perrin.cli.likelihood import Figures
+    from perrin.cli.bound import Figures
     from perrin.config import RunConfig
     from perrin.data import Dataset
     from perrin.training import RunFolder, TrainEvent
@@ -44,7 +44,8 @@ def run(args: Sequence[str]) -> None:
     if options.seconds is not None and options.seconds <= 0:
         raise ArgumentError(f"--seconds must be above 0, got {options.seconds}")
     from perrin.build import load_run, start_run
-    from perrin.cli.likelihood import measure
+    from perrin.cli.bound import measure
+    from perrin.cli.measure import Effort, Subject
     from perrin.cli.train import train_session
     from perrin.data import split
 
@@ -55,11 +56,11 @@ def run(args: Sequence[str]) -> None:
     draw_digits(model)
     train, held_out = split(len(session.dataset), model.folder.config.data.held_out)
     found = measure(
-        model,
+        Subject(model, model.diffusion),
         session.dataset,
         held_out.tolist(),
+        effort=Effort(exact=True),
         out=model.folder.likelihood_path(),
-        batch_size=len(held_out),
     )
     figures = figures_of(model, event, found, baseline(session.dataset, train.tolist(), held_out.tolist()))
     lines = describe(figures)

@@ -14,6 +14,9 @@ COMMANDS = {
     "train": "train a model on your data, or go on with a run",
     "sample": "draw samples from a run",
     "likelihood": "measure bits per dimension, with a standard error and one row per example",
+    "compare": "measure the difference of two runs, checkpoints or numbers of steps on the same images and noise",
+    "calibrate": "find the variances and timesteps with which a run, as it is, has the best bound",
+    "verify": "check samplers and likelihoods against closed forms on this machine",
     "inspect": "show what a run is: configuration, data, checkpoints, schedule, last metrics",
     "demo": "train, sample and measure a model of handwritten digits in about a minute",
 }
@@ -30,8 +33,8 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (the process's own by default) and return the exit code.
 
-    0: done, or help. 2: a mistake of the caller's, told in one line on standard error. 130: interrupted.
-    141: nobody reads on.
+    0: done, or help. 1: a check of `perrin verify` failed. 2: a mistake of the caller's, told in one line on
+    standard error. 130: interrupted. 141: nobody reads on.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -63,5 +66,4 @@ def _dispatch(args: list[str]) -> int:
     if first not in COMMANDS:
         found = "none" if first is None else repr(first)
         raise ConfigError(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got {found}")
-    import_module(f"perrin.cli.{first}").run(args[1:])
-    return 0
+    return import_module(f"perrin.cli.{first}").run(args[1:]) or 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +38,9 @@ class Options:
     """Which sampler."""
     steps: int | None = None
     """Number of steps, 1 to T; by default 50 (or T, if fewer) for ddim and T for ddpm."""
+    calibrated: bool = False
+    """Use the timesteps of `perrin calibrate`, and for ddpm its variances too; without --steps, as many as gave the
+    best bound. They are chosen for the bound, not for the looks."""
     eta: float | None = None
     """Share of fresh noise in each step of ddim, 0 to 1; by default 0."""
     seed: int = 0
@@ -67,7 +71,8 @@ def run(args: Sequence[str]) -> None:
     model = load_run(
         options.run, weights=options.weights, step=options.checkpoint, device=pick_device(options.device)
     )
-    steps = number_of_steps(options, model.diffusion.num_timesteps)
+    sampler = make_sampler(options, model)
+    steps = len(sampler.times) - 1
     classes = class_labels(options.label, model, options.count)
     out = options.out or model.folder.samples_dir / default_name(options, model, steps)
     settings = settings_of(options, model, steps=steps, out=out)
@@ -79,13 +84,16 @@ def run(args: Sequence[str]) -> None:
         )
     missing = sorted(set(range(options.count)) - done)
     note(f"sampling with weights {model.weights} of step {model.step} into {out}")
-    draw(options, model, make_sampler(options, model, steps), store=store, missing=missing, classes=classes)
+    draw(options, model, sampler, store=store, missing=missing, classes=classes)
     paths = store.finish(options.count, classes)
     kept = options.count - len(missing)
     figures = {**settings, "run": str(options.run), "count": options.count, "kept": kept, **paths}
+    how = (
+        f"{options.sampler}, {steps}{' calibrated' if options.calibrated else ''} steps, seed {options.seed}"
+    )
     lines = [
         f"{options.count} samples{f', {kept} of them kept from before' if kept else ''}: {', '.join(paths.values())}",
-        f"{options.sampler}, {steps} steps, seed {options.seed}; weights {model.weights} of step {model.step}",
+        f"{how}; weights {model.weights} of step {model.step}",
     ]
     report(figures, lines, as_json=options.json)
 
@@ -115,13 +123,20 @@ def number_of_steps(options: Options, num_timesteps: int) -> int:
     return options.steps
 
 
-def make_sampler(options: Options, model: Run, steps: int) -> SamplerDDIM | SamplerDDPM:
-    """The sampler over ``steps`` timesteps."""
+def make_sampler(options: Options, model: Run) -> SamplerDDIM | SamplerDDPM:
+    """The sampler. Raises `ArgumentError` for a number of steps that there is not, `RunError` without calibration."""
+    from perrin.build import run_chain
     from perrin.samplers import SamplerDDIM, SamplerDDPM
 
+    if options.calibrated:
+        chain = run_chain(model, steps=options.steps, calibrated=True)
+        steps = chain.num_timesteps
+    else:
+        chain = model.diffusion
+        steps = number_of_steps(options, chain.num_timesteps)
     if options.sampler == "ddpm":
-        return SamplerDDPM(model.diffusion, steps)
-    return SamplerDDIM(model.diffusion, steps, eta=options.eta or 0.0)
+        return SamplerDDPM(chain, steps)
+    return SamplerDDIM(chain, steps, eta=options.eta or 0.0)
 
 
 def class_labels(label: str | None, model: Run, count: int) -> list[int] | None:
@@ -152,7 +167,13 @@ def settings_of(options: Options, model: Run, *, steps: int, out: Path) -> dict[
         "eta": eta_of(options),
         "seed": options.seed,
         "label": options.label,
+        "calibration": calibration_of(model) if options.calibrated else None,
     }
+
+
+def calibration_of(model: Run) -> str:
+    """A short hash of the run's calibration, which changes the samples when it is made anew."""
+    return blake2b(model.folder.calibration_path.read_bytes(), digest_size=6).hexdigest()
 
 
 def eta_of(options: Options) -> float | None:
@@ -165,6 +186,7 @@ def default_name(options: Options, model: Run, steps: int) -> str:
     from perrin.evaluation.samples import has_pictures
 
     parts = [f"{options.sampler}{steps}", model.weights, f"step{model.step}"]
+    parts += ["calibrated"] if options.calibrated else []
     parts += [f"eta{options.eta:g}"] if options.eta else []
     parts += [f"label-{options.label}"] if options.label is not None else []
     name = "-".join([*parts, f"seed{options.seed}"])

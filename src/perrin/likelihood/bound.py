@@ -25,7 +25,7 @@ CHUNK = 64
 
 PILOT_IMAGES = 8
 PILOT_TIMES = 24
-UNIFORM_SHARE = 0.02
+UNIFORM_SHARE = 0.1
 """The share of the probabilities that is even: it bounds the weight of a term which the pilot took for small."""
 
 
@@ -92,7 +92,8 @@ def bound(
         decoders = estimate.values(torch.zeros(len(x_start), decoder_draws, dtype=torch.int64))
         prior = diffusion.prior_bpd(x_start).cpu().double()
     vb, decoder = (kl * weights).sum(1), decoders.mean(1)
-    error = (_stratified_variance(kl * weights) + _mean_variance(decoders)).sqrt()
+    scale = _log_snr_gaps(diffusion)[times] if terms is None else torch.ones_like(weights)
+    error = (_stratified_variance(kl * weights, scale) + _mean_variance(decoders)).sqrt()
     calls = times.shape[1] + decoder_draws
     return Bound(prior + vb + decoder, prior, vb, decoder, error, times, kl, weights, calls)
 
@@ -108,8 +109,8 @@ def term_probabilities(
 ) -> Tensor:
     """Probabilities of the timesteps, (T,) float64, from a pilot: the root of each KL term's second moment.
 
-    Evaluates the first few images of ``x_start`` at some timesteps, denser at low noise, and interpolates the
-    logarithm; entry 0, the decoder, is 0 (IDDPM eq. 18, with the moments of the model as it is).
+    Evaluates the first few images of ``x_start`` at some timesteps, denser at low noise, and interpolates the term
+    per length of its step in log-SNR; entry 0, the decoder, is 0 (IDDPM eq. 18, for the model as it is).
     """
     last = diffusion.num_timesteps - 1
     if last == 0:
@@ -124,10 +125,12 @@ def term_probabilities(
     with torch.no_grad():
         moments = estimate.values(grid.expand(len(images), -1)).square().mean(0).clamp(min=1e-30)
     times = torch.arange(1, last + 1)
+    gaps = _log_snr_gaps(diffusion)
+    moments = moments.log() - 2 * gaps[grid].log()  # of the term per length of its step, which is smooth in t
     right = torch.searchsorted(grid, times).clamp(1 if len(grid) > 1 else 0, len(grid) - 1)
     left = (right - 1).clamp(min=0)
     share = (times - grid[left]) / (grid[right] - grid[left]).clamp(min=1)
-    p = torch.lerp(moments.log()[left], moments.log()[right], share.double()).div(2).exp()
+    p = gaps[1:] * torch.lerp(moments[left], moments[right], share.double()).div(2).exp()
     p = (1 - UNIFORM_SHARE) * p / p.sum() + UNIFORM_SHARE / last
     return torch.cat([p.new_zeros(1), p])
 
@@ -216,15 +219,24 @@ def _drawn_times(
     return place + 1, 1 / (terms * p[place])
 
 
-def _stratified_variance(values: Tensor) -> Tensor:
-    """Of the sum of ``values`` (B, S), drawn once in each stratum: from successive differences, (B,).
+def _stratified_variance(values: Tensor, scale: Tensor) -> Tensor:
+    """Of the sum of ``values`` (B, S), drawn once in each stratum: from differences of neighbours, (B,).
 
-    Exact for strata of one mean, else too large by what the means of neighbours differ.
+    Exact where ``values / scale`` have one mean in all strata, else too large by what the means of neighbours differ.
     """
-    count = values.shape[1]
-    if count < 2:
-        return values.new_full((len(values),), math.nan if count else 0.0)
-    return values.diff(dim=1).square().sum(1) * count / (2 * (count - 1))
+    if values.shape[1] < 2:
+        return values.new_full((len(values),), math.nan if values.shape[1] else 0.0)
+    between = (values / scale).diff(dim=1).square() / 2  # (B, S - 1), each a variance
+    each = (torch.cat([between[:, :1], between], 1) + torch.cat([between, between[:, -1:]], 1)) / 2
+    return (each * scale**2).sum(1)
+
+
+def _log_snr_gaps(diffusion: GaussianDiffusion) -> Tensor:
+    """(T,): how far log-SNR falls from t - 1 to t, which a KL term is roughly proportional to; 1 at t = 0."""
+    levels = [diffusion.level_of_batch(t).log_snr for t in range(diffusion.num_timesteps)]
+    gaps = -torch.tensor(levels, dtype=torch.float64).diff()
+    largest = gaps[gaps.isfinite()].amax() if bool(gaps.isfinite().any()) else gaps.new_ones(())
+    return torch.cat([gaps.new_ones(1), gaps.clamp(max=float(largest))])  # a last level may hold no signal
 
 
 def _mean_variance(values: Tensor) -> Tensor:

@@ -1,0 +1,198 @@
+"""What the commands that measure the bound share: which chain, how many draws, and the draws batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perrin.cli.console import DeviceName, pick_device
+from perrin.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from perrin.build import Run
+    from perrin.cli.progress import Bar
+    from perrin.data import Dataset
+    from perrin.diffusion import GaussianDiffusion
+    from perrin.likelihood import Bound
+
+DEFAULT_TERMS = 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is drawn."""
+
+    terms: int | None = None
+    """KL terms per example, drawn by importance, that estimate their sum; by default 16, or all if fewer."""
+    exact: bool = False
+    """Evaluate the KL terms of all timesteps."""
+    decoder_draws: int = 4
+    """Draws per example of the decoder's term, that of t = 0."""
+    clip: bool = True
+    """Clip predictions of x_0 to [-1, 1], as samplers do: it is a bound either way, and better so."""
+    limit: int | None = None
+    """Measure the first so many examples only."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch_size: int = 64
+    """Examples in memory at a time; it does not change the figures."""
+
+    def check(self) -> None:
+        """Raise `ArgumentError` for numbers below 1, and for terms that are both all and some."""
+        for name in ("terms", "decoder_draws", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.exact and self.terms is not None:
+            raise ArgumentError(f"--exact takes all terms and --terms {self.terms} some: give one of them")
+
+    def check_terms(self, most: int) -> None:
+        """Raise `ArgumentError` for more terms than the ``most`` that a chain has."""
+        if self.terms is not None and self.terms > most:
+            raise ArgumentError(f"--terms must be from 1 to {most}, the chain's KL terms, got {self.terms}")
+
+    def terms_of(self, chain: GaussianDiffusion) -> int | None:
+        """How many KL terms to draw for an example; None is all of them."""
+        wanted = DEFAULT_TERMS if self.terms is None else self.terms
+        return None if self.exact or wanted >= chain.num_timesteps - 1 else wanted
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run with the chain in which it is measured."""
+
+    run: Run
+    chain: GaussianDiffusion
+    calibrated: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        weights: str | None,
+        checkpoint: int | None,
+        steps: int | None,
+        calibrated: bool,
+        device: DeviceName,
+    ) -> Subject:
+        """The run at ``path`` as its flags ask for. Raises `RunError` or `ArgumentError` where it cannot be."""
+        from perrin.build import load_run, run_chain
+
+        run = load_run(path, weights=weights, step=checkpoint, device=pick_device(device))
+        return cls(run, run_chain(run, steps=steps, calibrated=calibrated), calibrated)
+
+    def batch(self, dataset: Dataset, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any] | None]:
+        """The examples (B, ...) on the run's device, and what else the network is told."""
+        from perrin.build import class_numbers
+
+        x, labels = dataset.batch(indices, self.run.device)
+        classes = class_numbers(self.run, dataset, labels)
+        return x, None if classes is None else {"y": classes}
+
+    @property
+    def chain_text(self) -> str:
+        """``T = 1000``, ``64 of T = 1000 steps``, with ``, calibrated`` if it is."""
+        steps, total = self.chain.num_timesteps, self.run.diffusion.num_timesteps
+        text = f"T = {total}" if steps == total else f"{steps} of T = {total} steps"
+        return f"{text}, calibrated" if self.calibrated else text
+
+
+class Calls:
+    """Counts the images that networks have seen, and shows them on a bar."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    @contextmanager
+    def counted(self, network: nn.Module, bar: Bar) -> Iterator[None]:
+        """Within it, what ``network`` sees is counted."""
+
+        def count(module: object, args: object, output: Tensor) -> None:
+            self.images += len(output)
+            bar.advance(len(output))
+
+        hook = network.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def pilot(
+    model: Subject, dataset: Dataset, first: Sequence[int], effort: Effort, calls: Calls
+) -> Tensor | None:
+    """Probabilities (T,) of the timesteps, from the examples ``first``; None where every term is evaluated."""
+    from perrin.cli.progress import Bar
+    from perrin.likelihood import term_probabilities
+    from perrin.likelihood.bound import PILOT_IMAGES, PILOT_TIMES
+
+    if effort.terms_of(model.chain) is None:
+        return None
+    x, told = model.batch(dataset, first[:PILOT_IMAGES])
+    with Bar("pilot", 2 * PILOT_TIMES * len(x)) as bar, calls.counted(model.run.network, bar):
+        return term_probabilities(
+            model.chain,
+            model.run.network,
+            x,
+            seed=effort.seed,
+            clip_denoised=effort.clip,
+            model_kwargs=told,
+        )
+
+
+def batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``indices`` in order, ``size`` at a time."""
+    return (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+def bound_of(
+    model: Subject, dataset: Dataset, batch: Sequence[int], effort: Effort, probabilities: Tensor | None
+) -> Bound:
+    """The bound of the examples ``batch``."""
+    from perrin.likelihood import bound
+
+    x, told = model.batch(dataset, batch)
+    return bound(
+        model.chain,
+        model.run.network,
+        x,
+        indices=batch,
+        seed=effort.seed,
+        terms=effort.terms_of(model.chain),
+        decoder_draws=effort.decoder_draws,
+        probabilities=probabilities,
+        clip_denoised=effort.clip,
+        model_kwargs=told,
+    )
+
+
+def calls_per_example(model: Subject, effort: Effort) -> int:
+    """Network calls for one example, without the pilot's."""
+    terms = effort.terms_of(model.chain)
+    return (model.chain.num_timesteps - 1 if terms is None else terms) + effort.decoder_draws
+
+
+def held_out(run: Run, count: int) -> list[int]:
+    """The places in the run's data set, of ``count`` examples, that it was not trained on."""
+    from perrin.data import split
+
+    return [int(i) for i in split(count, run.folder.config.data.held_out)[1]]
+
+
+def given(options: object, names: Sequence[str]) -> list[str]:
+    """Which of the fields ``names`` differ from their default, as flags."""
+    known = {field.name: field.default for field in fields(options)}  # type: ignore[arg-type]  # a dataclass
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != known[name]]
+
+
+def finite(value: float) -> float | None:
+    """``value``, or None where it is not known."""
+    from math import isfinite
+
+    return value if isfinite(value) else None

@@ -1,0 +1,218 @@
+"""The likelihood by the probability-flow ODE as figures and a table."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from perrin.cli.console import with_error
+from perrin.cli.measure import Effort, Subject, batches, given
+from perrin.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from perrin.data import Dataset
+    from perrin.likelihood.dequantization import Dequantization
+    from perrin.likelihood.flow import Trace
+    from perrin.likelihood.ode import OdeLikelihood
+    from perrin.likelihood.solvers import Solver
+
+DEFAULT_STEPS = 100
+DEFAULT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class OdeOptions:
+    """How to solve the ODE of --ode."""
+
+    solver: Literal["heun", "adaptive"] | None = None
+    """heun with even steps in the log of the noise level (the default), or adaptive with steps for each example."""
+    ode_steps: int | None = None
+    """Steps of heun, of two network calls each; by default 100."""
+    tolerance: float | None = None
+    """Error allowed in a step of adaptive, in x and in log p per dimension; by default 1e-4."""
+    probes: int | None = None
+    """Random probes of the divergence; by default 1."""
+    exact_trace: bool = False
+    """Compute the divergence without probes, for at most 1024 dimensions."""
+    dequantization: Literal["truncated-normal", "uniform"] | None = None
+    """How levels become points of a density; by default truncated-normal."""
+    draws: int | None = None
+    """Draws of the dequantization per example, whose bounds are averaged; by default 1."""
+
+    def check(self, *, wanted: bool) -> None:
+        """Raise `ArgumentError` for flags that do not go together, or at all where the ODE is not ``wanted``."""
+        flags = given(self, [field.name for field in fields(self)])
+        if flags and not wanted:
+            raise ArgumentError(f"{flags[0]} needs --ode")
+        if self.solver == "adaptive" and self.ode_steps is not None:
+            raise ArgumentError("--ode-steps belongs to --solver heun, got --solver adaptive")
+        if self.solver != "adaptive" and self.tolerance is not None:
+            raise ArgumentError("--tolerance needs --solver adaptive")
+        if self.exact_trace and self.probes is not None:
+            raise ArgumentError("--exact-trace has no --probes: give one of them")
+        for name in ("ode_steps", "probes", "draws"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.tolerance is not None and not 0 < self.tolerance < math.inf:
+            raise ArgumentError(f"--tolerance must be above 0 and finite, got {self.tolerance}")
+
+    def solver_of(self) -> Solver:
+        """The solver."""
+        from perrin.likelihood.solvers import Adaptive, Heun
+
+        if self.solver == "adaptive":
+            tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
+            return Adaptive(rtol=tolerance, atol=tolerance)
+        return Heun(DEFAULT_STEPS if self.ode_steps is None else self.ode_steps)
+
+    def trace_of(self, dimensions: int) -> Trace:
+        """How the divergence is computed. Raises `ArgumentError` for the exact trace of too many dimensions."""
+        from perrin.likelihood.flow import MAX_EXACT_DIMENSIONS, Exact, Hutchinson
+
+        if self.exact_trace and dimensions > MAX_EXACT_DIMENSIONS:
+            raise ArgumentError(
+                f"--exact-trace is for at most {MAX_EXACT_DIMENSIONS} dimensions, the data have {dimensions}"
+            )
+        return Exact() if self.exact_trace else Hutchinson(self.probes or 1)
+
+    def dequantization_of(self, levels: int | None) -> Dequantization | None:
+        """The dequantization, None for continuous data. Raises `ArgumentError` where one is asked for them."""
+        from perrin.likelihood.dequantization import TruncatedNormal, Uniform
+
+        if levels is None:
+            flags = given(self, ("dequantization", "draws"))
+            if flags:
+                raise ArgumentError(f"{flags[0]} is for data with levels, these are continuous")
+            return None
+        return (Uniform if self.dequantization == "uniform" else TruncatedNormal)(draws=self.draws or 1)
+
+    @property
+    def solver_text(self) -> str:
+        """``heun with 100 steps``."""
+        if self.solver == "adaptive":
+            return f"adaptive with tolerance {self.tolerance or DEFAULT_TOLERANCE:g}"
+        return f"heun with {self.ode_steps or DEFAULT_STEPS} steps"
+
+
+@dataclass(frozen=True)
+class OdeFigures:
+    """What was measured, and how; an error that is not known is NaN."""
+
+    ode_bpd: float
+    ode_bpd_se: float
+    """Standard error over the examples, which holds the noise of probes and dequantization."""
+    ode_bpd_mc_se: float
+    """That noise alone."""
+    n: int
+    dequantization: str
+    draws: int
+    probes: int
+    """0 is the exact trace."""
+    solver: str
+    start_noise: float
+    """sigma / alpha where the density was taken."""
+    network_calls: float
+    """Per example, a mean."""
+    vector_jacobian_products: float
+    """Per example, a mean."""
+    seconds: float
+    num_timesteps: int
+    seed: int
+    levels: int | None
+    clip_denoised: bool
+    weights: str
+    step: int
+    table: str
+
+    def lines(self) -> list[str]:
+        """The figures for people."""
+        bound = "log density" if self.levels is None else f"bound with {self.dequantization} dequantization"
+        trace = f"{self.probes} Rademacher probe{'s' * (self.probes > 1)}" if self.probes else "exact trace"
+        noise = "unknown" if math.isnan(self.ode_bpd_mc_se) else f"{self.ode_bpd_mc_se:.4f}"
+        return [
+            f"{with_error(self.ode_bpd, self.ode_bpd_se)} (mean and standard error of n = {self.n}; "
+            f"the Monte-Carlo part is {noise})",
+            f"probability-flow ODE, {bound}, {self.draws} draw{'s' * (self.draws > 1)}; not the variational bound",
+            f"{self.solver}, {trace}; density at sigma/alpha = {self.start_noise:.4g}; predictions not clipped",
+            f"T = {self.num_timesteps}; weights {self.weights} of step {self.step}; seed {self.seed}; "
+            f"{self.seconds:.1f} s",
+            f"{self.network_calls:.4g} network calls and {self.vector_jacobian_products:.4g} "
+            "vector-Jacobian products per example",
+            f"one row per example: {self.table}",
+        ]
+
+
+def measure_ode(
+    model: Subject, dataset: Dataset, indices: list[int], *, effort: Effort, how: OdeOptions, out: Path
+) -> OdeFigures:
+    """-log2 p per dimension of the examples ``indices`` by the ODE; writes the table ``out``."""
+    import torch
+
+    from perrin.evaluation.tables import write_table
+    from perrin.likelihood import mean_and_error
+
+    started = time.monotonic()
+    found = _measured(model, dataset, indices, effort, how)
+    bpd, errors = (torch.cat(parts) for parts in ([one.bpd for one in found], [one.error for one in found]))
+    names = [dataset.names[i] for i in indices]
+    write_table(out, {"index": indices, "name": names, "bpd": bpd.tolist(), "error_bpd": errors.tolist()})
+    mean, error = mean_and_error(bpd)
+    sizes = [len(one.bpd) / len(indices) for one in found]
+    return OdeFigures(
+        ode_bpd=mean,
+        ode_bpd_se=error,
+        ode_bpd_mc_se=float(errors.square().sum().sqrt()) / len(errors),
+        n=len(indices),
+        dequantization=found[0].dequantization,
+        draws=found[0].draws,
+        probes=found[0].probes,
+        solver=how.solver_text,
+        start_noise=found[0].start,
+        network_calls=sum(share * one.network_calls for share, one in zip(sizes, found, strict=True)),
+        vector_jacobian_products=sum(share * one.vjps for share, one in zip(sizes, found, strict=True)),
+        seconds=time.monotonic() - started,
+        num_timesteps=model.chain.num_timesteps,
+        seed=effort.seed,
+        levels=dataset.facts.levels,
+        clip_denoised=False,
+        weights=model.run.weights,
+        step=model.run.step,
+        table=str(out),
+    )
+
+
+def _measured(
+    model: Subject, dataset: Dataset, indices: list[int], effort: Effort, how: OdeOptions
+) -> list[OdeLikelihood]:
+    """The likelihoods, batch by batch."""
+    from perrin.cli.progress import Bar
+    from perrin.denoiser import DiffusionDenoiser
+    from perrin.likelihood.ode import ode
+
+    levels = dataset.facts.levels
+    dequantization, trace = how.dequantization_of(levels), how.trace_of(math.prod(dataset.facts.shape))
+    found = []
+    with Bar("measuring", len(indices)) as bar:
+        for batch in batches(indices, effort.batch_size):
+            x, told = model.batch(dataset, batch)
+            denoise = DiffusionDenoiser(
+                model.chain, model.run.network, clip_denoised=False, model_kwargs=told
+            )
+            found.append(
+                ode(
+                    denoise,
+                    x,
+                    levels=levels,
+                    indices=batch,
+                    dequantization=dequantization,
+                    seed=effort.seed,
+                    trace=trace,
+                    solver=how.solver_of(),
+                )
+            )
+            bar.advance(len(batch))
+    return found
