@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from perrin.denoiser import DiffusionDenoiser
 from perrin.errors import ArgumentError
 from perrin.noise import CLEAN
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin.schedules import zero_terminal_snr
 
 T = 40

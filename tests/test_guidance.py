@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, SamplerDDIM, SamplerDDPM
 from perrin.denoiser import DiffusionDenoiser
 from perrin.guidance import MeanGuided, ScoreGuided
 from perrin.noise import CLEAN
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin.schedules import cosine_betas, linear_betas, zero_terminal_snr
 
 T = 50

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perrin.oracles import normal
 from perrin import (
     GaussianDiffusion,
     LearnedGaussianDiffusion,
@@ -16,6 +15,7 @@ from perrin import (
     get_named_beta_schedule,
 )
 from perrin.errors import ArgumentError, ShapeError
+from perrin.oracles import normal
 
 T = 20
 LEARNED = [ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import (
     GaussianDiffusion,
     ModelMeanType,
@@ -19,6 +18,7 @@ from perrin import (
     get_named_beta_schedule,
 )
 from perrin.errors import ArgumentError, ShapeError
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin.samplers import SampleNoise, Sampler
 from perrin.schedules import zero_terminal_snr
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from perrin.oracles import GaussianData, MixtureData, Oracle, arbitrary, normal
 from perrin import (
     GaussianDiffusion,
     ModelMeanType,
@@ -18,6 +17,7 @@ from perrin import (
     get_named_beta_schedule,
 )
 from perrin.errors import ArgumentError
+from perrin.oracles import GaussianData, MixtureData, Oracle, arbitrary, normal
 from perrin.samplers import RoundTrip
 
 STEPS = (10, 20, 40, 80, 160)

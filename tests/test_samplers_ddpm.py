@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, SamplerDDPM, get_named_beta_schedule
 from perrin.errors import ArgumentError
+from perrin.oracles import GaussianData, Oracle, arbitrary, normal
 
 T = 24
 Array = NDArray[np.float64]
