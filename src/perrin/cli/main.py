@@ -16,6 +16,8 @@ COMMANDS = {
     "likelihood": "measure bits per dimension, with a standard error and one row per example",
     "compare": "measure the difference of two runs, checkpoints or numbers of steps on the same images and noise",
     "calibrate": "find the variances and timesteps with which a run, as it is, has the best bound",
+    "compress": "compress images or arrays losslessly with a run as the model",
+    "decompress": "restore what compress wrote, bit for bit",
     "verify": "check samplers and likelihoods against closed forms on this machine",
     "inspect": "show what a run is: configuration, data, checkpoints, schedule, last metrics",
     "demo": "train, sample and measure a model of handwritten digits in about a minute",
