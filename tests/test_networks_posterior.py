@@ -16,9 +16,10 @@ from perrin.networks.posterior import (
     COEFFICIENT_GAIN,
     LEVEL_INPUTS,
     LevelPosterior,
+    _require_full_precision,
     level_functions,
 )
-from perrin.schedules import log_snr_linear_betas
+from perrin.schedules import get_named_beta_schedule, log_snr_linear_betas, zero_terminal_snr
 
 LEVELS = 5
 
@@ -152,11 +153,22 @@ def test_times_between_two_steps_have_the_noise_between() -> None:
     assert_close(network(x, torch.tensor([20.5])), mean, atol=1e-6, rtol=0)
 
 
-def test_rescaled_times_mean_the_same_steps() -> None:
-    diffusion = chain(steps=50)
-    plain, scaled = posterior(diffusion), posterior(diffusion, time_scale=20.0)
-    x, t = torch.randn(50, 1, 2, 2), torch.arange(50)
-    assert_close(scaled(x, t.float() * 20.0), plain(x, t), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("steps", [75, 4000])  # 75: times that do not come back exactly
+def test_rescaled_times_mean_the_same_steps(steps: int) -> None:
+    plain = chain(steps)
+    scaled = GaussianDiffusion(
+        betas=plain.betas,
+        model_mean_type=ModelMeanType.START_X,
+        model_var_type=ModelVarType.LEARNED_RANGE,
+        levels=LEVELS,
+        rescale_timesteps=True,
+    )
+    t = torch.arange(0, steps, max(steps // 75, 1))
+    x = torch.randn(len(t), 1, 2, 2)
+    one = plain.p_mean_variance(posterior(plain), x, t)
+    other = scaled.p_mean_variance(posterior(scaled, time_scale=1000 / steps), x, t)
+    assert_close(other["pred_xstart"], one["pred_xstart"], atol=1e-4, rtol=0)
+    assert_close(other["log_variance"], one["log_variance"], atol=1e-3, rtol=0)
 
 
 def test_a_wrong_belief_at_the_first_step_costs_a_bounded_number_of_bits() -> None:
@@ -247,3 +259,36 @@ def test_functions_of_the_level_are_cosines_and_the_two_ends() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], levels: int, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         posterior(chain(levels=levels), **options)
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [
+        get_named_beta_schedule("linear", 4000),
+        log_snr_linear_betas(500, 13.3, -13.0),
+        log_snr_linear_betas(2, 13.3, -7.0),
+        log_snr_linear_betas(1, 13.3, -7.0),
+        zero_terminal_snr(get_named_beta_schedule("linear", 1000)),
+    ],
+    ids=["linear 4000", "to -13", "2 steps", "1 step", "zero terminal"],
+)
+def test_every_timestep_of_every_chain_is_finite_in_float32(betas: Any) -> None:
+    diffusion = GaussianDiffusion(
+        betas=betas, model_mean_type=ModelMeanType.START_X, model_var_type=ModelVarType.LEARNED_RANGE
+    )
+    total = diffusion.num_timesteps
+    network = posterior(diffusion, learn_sigma=True)
+    x = torch.zeros(total, 1, 2, 2)
+    t = torch.arange(total)
+    x_t = diffusion.q_sample(x, t, torch.ones_like(x))
+    assert bool(network(x_t, t).isfinite().all())
+    assert bool(diffusion.vb_terms_bpd(network, x, x_t, t)["output"].isfinite().all())
+
+
+def test_products_of_reduced_precision_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    with pytest.raises(ArgumentError, match=r"set_float32_matmul_precision\('highest'\) on CUDA, got 'high'"):
+        _require_full_precision(OnCuda())

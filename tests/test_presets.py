@@ -64,3 +64,13 @@ def test_a_resolved_preset_leaves_nothing_open_to_the_data_and_survives_a_file(n
     config = resolved(PRESETS[name], shape, levels)
     assert None not in (config.diffusion.log_snr_max, config.network.fourier, config.network.patch)
     assert decode(encode(config), "file") == config
+
+
+@pytest.mark.parametrize(
+    ("levels", "basis", "mean_type"),
+    [(256, 16, "start-x"), (1024, 16, "start-x"), (65536, 0, "epsilon"), (None, 0, "epsilon")],
+)
+def test_data_without_few_levels_have_no_beliefs_about_them(levels, basis, mean_type):
+    found = resolved(PRESETS["likelihood"], (1, 8, 8), levels)
+    assert (found.network.level_basis, found.diffusion.mean_type) == (basis, mean_type)
+    assert found.network.fourier == (() if basis else fourier_of(levels))

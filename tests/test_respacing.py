@@ -8,6 +8,7 @@ from chains import chain, ideal_eps, images, signs
 from perrin import GaussianDiffusion, LossType, ModelMeanType, ModelVarType, space_timesteps
 from perrin.errors import ArgumentError
 from perrin.schedules import get_named_beta_schedule, linear_betas
+from perrin.variance import FixedVariance
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sqrt-linear", "sigmoid", "log-snr-linear"])
@@ -107,3 +108,22 @@ def test_a_respaced_chain_keeps_its_kinds() -> None:
 def test_timesteps_outside_the_chain_are_refused(keep: list[int]) -> None:
     with pytest.raises(ArgumentError, match="keep must hold timesteps from 0 to 99, got"):
         chain().respaced(keep)
+
+
+def test_a_chain_with_a_variance_of_its_own_keeps_its_steps() -> None:
+    full = GaussianDiffusion(betas=linear_betas(20))
+    tables = {"mine": full.betas, "log_mine": full.betas.log()}
+    chain = full.respaced(range(0, 20, 2)).with_variance(
+        FixedVariance("mine", "log_mine"), {name: table[:10] for name, table in tables.items()}
+    )
+    assert chain.respaced(range(10)).floats["mine"] == chain.floats["mine"]
+    with pytest.raises(ArgumentError, match="keeps all of its 10 steps, got 5: respace first"):
+        chain.respaced(range(5))
+
+
+def test_another_variance_must_fit_the_network_and_the_chain() -> None:
+    full = GaussianDiffusion(betas=linear_betas(20))
+    with pytest.raises(ArgumentError, match="variance must expect 0 extra channels per data channel, got 1"):
+        full.with_variance(FixedVariance("betas", "log_betas", 1), {})
+    with pytest.raises(ArgumentError, match=r"tables must have shape \(20,\), got"):
+        full.with_variance(FixedVariance("mine", "mine"), {"mine": torch.ones(3)})

@@ -139,7 +139,7 @@ def build_network(
 
 def _with_posterior(body: nn.Module, config: RunConfig, diffusion: GaussianDiffusion) -> LevelPosterior:
     """``body`` as the beliefs of a `LevelPosterior` on ``diffusion``."""
-    chain, basis = config.diffusion, config.network.level_basis
+    chain, basis = config.diffusion, _chosen(config.network.level_basis, "network.level_basis")
     if isinstance(config.network, UNetConfig) and config.network.input_skip:
         raise ConfigError(
             f"network.level_basis = {basis}: the output is no image, so input_skip must be False"
@@ -148,7 +148,8 @@ def _with_posterior(body: nn.Module, config: RunConfig, diffusion: GaussianDiffu
     if chain.mean_type != "start-x" or chain.var_type not in variances or diffusion.levels is None:
         raise ConfigError(
             f"network.level_basis = {basis}: needs data with levels, mean_type start-x and var_type "
-            f"{', '.join(variances)}, got {diffusion.levels} levels, {chain.mean_type} and {chain.var_type}"
+            f"{', '.join(variances)}, got {diffusion.levels} levels, {chain.mean_type} and {chain.var_type}; "
+            f"level_basis = 0 does without"
         )
     return LevelPosterior(
         body,
@@ -246,9 +247,12 @@ def run_chain(run: Run, *, steps: int | None = None, calibrated: bool = False) -
     return run.diffusion.respaced(space_timesteps(run.diffusion.num_timesteps, steps))
 
 
-def run_calibration(run: Run) -> Calibration:
-    """What `perrin calibrate` found for the run. Raises `RunError` where it did not, or for other weights."""
-    path = run.folder.calibration_path
+def run_calibration(run: Run, path: Path | None = None) -> Calibration:
+    """What `perrin calibrate` found for the run: the latest, or one of `RunFolder.calibrations`.
+
+    Raises `RunError` where it did not, or for other weights.
+    """
+    path = path or run.folder.calibration_path
     if not path.exists():
         raise RunError(f"{run.folder.path} is not calibrated: `perrin calibrate {run.folder.path}` does it")
     found = Calibration.read(path)

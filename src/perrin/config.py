@@ -22,6 +22,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrin
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Frequencies = tuple[Annotated[int, Field(ge=0, le=16)], ...]
+Basis = Annotated[int, Field(ge=0, le=256)]
 Schedule = Literal["linear", "cosine", "sqrt-linear", "sigmoid", "log-snr-linear"]
 MeanType = Literal["epsilon", "start-x", "velocity", "previous-x"]
 VarType = Literal["fixed-small", "fixed-large", "learned", "learned-range"]
@@ -88,7 +89,7 @@ class UNetConfig:
     """Share of activations dropped in training."""
     fourier: Frequencies | None = ()
     """Input Fourier features: the n of sin and cos of 2 pi 2^n x; 6 turns half round per 8-bit level. None: by the
-    number of levels."""
+    number of levels, or none with level_basis, which does without."""
     checkpoint: bool = False
     """Whether activations are computed again in the backward pass, to save memory."""
     patch: Positive | None = 1
@@ -96,9 +97,9 @@ class UNetConfig:
     images with even sides from 16 pixels on, else 1."""
     input_skip: bool = False
     """Whether the noisy input is added to the mean part of the output."""
-    level_basis: Annotated[int, Field(ge=0, le=256)] = 0
+    level_basis: Basis | None = 0
     """Functions over the levels by which the network states its beliefs, from which Bayes' rule makes the mean and
-    the variance; with mean_type start-x. 0: it predicts directly."""
+    the variance; with mean_type start-x. 0: it predicts directly. None: 16, where the data have few enough levels."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -114,10 +115,11 @@ class MLPConfig:
     dropout: Share = 0.0
     """Share of activations dropped in training."""
     fourier: Frequencies | None = ()
-    """Input Fourier features: the n of sin and cos of 2 pi 2^n x. None: by the number of levels."""
-    level_basis: Annotated[int, Field(ge=0, le=256)] = 0
+    """Input Fourier features: the n of sin and cos of 2 pi 2^n x. None: by the number of levels, or none with
+    level_basis, which does without."""
+    level_basis: Basis | None = 0
     """Functions over the levels by which the network states its beliefs, from which Bayes' rule makes the mean and
-    the variance; with mean_type start-x. 0: it predicts directly."""
+    the variance; with mean_type start-x. 0: it predicts directly. None: 16, where the data have few enough levels."""
 
 
 def _kind(network: object) -> object:
@@ -265,6 +267,7 @@ DEMO = RunConfig(
         num_timesteps=250,
         log_snr_max=9.0,
         log_snr_min=-5.0,
+        mean_type="start-x",
         var_type="learned-range",
         loss="rescaled-kl",
     ),
@@ -274,7 +277,7 @@ DEMO = RunConfig(
         num_res_blocks=1,
         attention_levels=(),
         num_heads=1,
-        fourier=(1, 2, 3, 4),
+        level_basis=16,
     ),
     training=TrainingConfig(
         steps=None,
@@ -284,12 +287,13 @@ DEMO = RunConfig(
         warmup_steps=50,
         decay="cosine",
         ema=(0.998,),
+        t_sampler="stratified-importance",
         log_every=25,
         evaluate_every=400,
     ),
 )
 """What ``perrin demo`` trains in less than a minute.
 
-A chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves no doubt of the level; Fourier
-features that tell levels apart; the bound itself as the loss; and a network so small that it sees each digit some
-fifty times."""
+A chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves no doubt of the level; a
+network that says which levels it expects, so small that it sees each digit some fifty times; and the bound itself as
+the loss."""

@@ -15,6 +15,12 @@ as known (VDM's log-SNR of 13.3 for 256 levels, arXiv:2107.00630)."""
 CONTINUOUS_LOG_SNR = 13.3
 """The first log-SNR for data without levels."""
 
+BASIS = 16
+"""Functions over the levels."""
+
+MOST_WEIGHED = 1024
+"""The most levels that a `LevelPosterior` takes."""
+
 PATCHED_SIDE = 16
 """From so many pixels on, the fewest of which two are taken at a time."""
 
@@ -22,9 +28,14 @@ PATCHED_SIDE = 16
 def resolved(config: RunConfig, shape: Sequence[int], levels: int | None) -> RunConfig:
     """``config`` with the values in the place of those None that stand for a choice by the data.
 
-    ``shape`` (C, H, W) or (D,) and ``levels`` are the data's. Values that are given stay as they are.
+    ``shape`` (C, H, W) or (D,) and ``levels`` are the data's. Values that are given stay as they are, but where
+    ``level_basis`` is None and the data do not admit one, the network predicts eps.
     """
     diffusion, network = config.diffusion, config.network
+    if network.level_basis is None:
+        network = replace(network, level_basis=basis_of(levels))
+        if not network.level_basis:  # then the noise is predicted, which is what is left to say at low noise
+            diffusion = replace(diffusion, mean_type="epsilon")
     if diffusion.log_snr_max is None:
         diffusion = replace(diffusion, log_snr_max=first_log_snr(levels))
     if network.fourier is None:
@@ -52,6 +63,11 @@ def fourier_of(levels: int | None) -> tuple[int, ...]:
     return tuple(range(max(top - 2, 0), top + 1))
 
 
+def basis_of(levels: int | None) -> int:
+    """`BASIS`, or 0 for data without levels or with so many that weighing them one by one would take too long."""
+    return BASIS if levels is not None and levels <= MOST_WEIGHED else 0
+
+
 def patch_of(shape: Sequence[int]) -> int:
     """2 for images whose sides are even and at least `PATCHED_SIDE`, else 1."""
     sides = shape[1:]
@@ -73,10 +89,9 @@ LIKELIHOOD = RunConfig(
         channel_mult=(1, 1),
         num_res_blocks=1,
         attention_levels=(),
-        dropout=0.1,
         fourier=None,
         patch=None,
-        level_basis=16,
+        level_basis=None,
     ),
     training=TrainingConfig(
         steps=None,

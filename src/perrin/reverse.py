@@ -76,11 +76,17 @@ class ReverseProcess(ForwardProcess):
 
         The network stays the one of this chain: it sees this chain's timesteps, and a PREVIOUS_X output is read
         as the mean of this chain's previous step. A LEARNED log-variance is taken as it is, which suits only the
-        chain it was trained on; LEARNED_RANGE adapts. Raises `ArgumentError` for timesteps out of range.
+        chain it was trained on; LEARNED_RANGE adapts. Raises `ArgumentError` for timesteps out of range, or to leave
+        out steps of a chain with a variance of its own (`with_variance`), whose tables would not fit.
         """
         kept = sorted({int(t) for t in keep})
         if not kept or kept[0] < 0 or kept[-1] >= self.num_timesteps:
             raise ArgumentError(f"keep must hold timesteps from 0 to {self.num_timesteps - 1}, got {kept}")
+        if self.variance is not VARIANCES[self.model_var_type] and len(kept) < self.num_timesteps:
+            raise ArgumentError(
+                f"a chain with a variance of its own keeps all of its {self.num_timesteps} steps, got {len(kept)}: "
+                "respace first, then give it the variance"
+            )
         chain = self.shallow_copy()
         chain.num_timesteps = len(kept)
         chain.add_tables(respaced_tables(self.floats["log_alphas_cumprod"], kept))

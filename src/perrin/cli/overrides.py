@@ -72,10 +72,14 @@ def _switch(key: str, flag: str, value: str) -> str:
 
 
 def with_network(config: RunConfig, kind: str | None) -> RunConfig:
-    """``config`` with the defaults of network ``kind``, where it has another kind and there is such a one."""
+    """``config`` with the defaults of network ``kind``, where it has another kind and there is such a one.
+
+    How the network tells levels apart, which all kinds have, stays.
+    """
     if kind not in NETWORKS or kind == config.network.kind:
         return config
-    return replace(config, network=NETWORKS[kind]())
+    old = config.network
+    return replace(config, network=NETWORKS[kind](fourier=old.fourier, level_basis=old.level_basis))
 
 
 def registry(base: RunConfig, *, require_data: bool) -> ConstructorRegistry:

@@ -61,7 +61,8 @@ class Dataset:
 
 def fingerprint(dataset: Dataset) -> str:
     """A hash of the names, the labels and `FINGERPRINT_ROWS` evenly spaced examples: what a changed set changes."""
-    digest = blake2b("\0".join(dataset.names).encode(), digest_size=12)
+    names = "\0".join(dataset.names).encode(errors="surrogateescape")  # a file's name may be no UTF-8
+    digest = blake2b(names, digest_size=12)
     if dataset.labels is not None:
         digest.update(dataset.labels.tobytes())
     rows = np.linspace(0, len(dataset) - 1, min(len(dataset), FINGERPRINT_ROWS)).astype(np.int64)

@@ -114,13 +114,14 @@ class Calibration:
             expected, found = getattr(self, name), getattr(diffusion, name)
             if expected != found:
                 raise RunError(f"the calibration is for a chain with {name} = {expected}, not {found}")
+        places = place_range(diffusion) if self.kind == "per-state" else None
+        if self.kind == "per-state" and places is None:
+            raise RunError(
+                f"the calibration is for a learned variance, not {diffusion.model_var_type.name}: calibrate again"
+            )
         timesteps = self.timesteps(steps)
-        return with_covariance(
-            diffusion.respaced(timesteps),
-            _along(timesteps, self.covariances[self.kind], self.decoders[self.kind]),
-            place_range(diffusion) if self.kind == "per-state" else None,
-            timesteps,
-        )
+        fits = self.covariances[self.kind], self.decoders[self.kind]
+        return with_covariance(diffusion.respaced(timesteps), _along(timesteps, *fits), places, timesteps)
 
     def to_json(self) -> str:
         """As `from_json` reads it."""

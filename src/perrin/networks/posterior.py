@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from perrin.errors import ArgumentError
-from perrin.tensors import Tables, append_dims
+from perrin.tensors import Tables, append_dims, widest_dtype
 
 MAX_LEVELS = 1024
-"""So many weights per value are held at once."""
+"""A value has a weight for each level, in memory and in time."""
 
 LEVEL_INPUTS = 3
 """Channels that the body sees of each data channel: x_t, and mean and deviation of x_0 by the levels' bias alone."""
@@ -27,6 +27,11 @@ DECODER_SHARE = 1 / 8
 """Least deviation at the first timestep in distances of two levels: 1e-4 bits where the level is known, and no
 more than some 15 where it is one off."""
 
+ROWS = 1024
+"""Values whose levels are weighed at a time: few enough for a processor's cache, which saves a fourth of a step."""
+
+LEAST_LOG_SNR = -80.0
+"""Taken for that of a timestep without signal."""
 
 LEAST = 1e-12
 """Below all variances that differ from 0 in float32."""
@@ -70,7 +75,8 @@ class LevelPosterior(nn.Module):
         super().__init__()
         if not 2 <= levels <= MAX_LEVELS:
             raise ArgumentError(
-                f"levels must be from 2 to {MAX_LEVELS} for a posterior of levels, got {levels}"
+                f"levels must be from 2 to {MAX_LEVELS} for a posterior of levels, got {levels}: "
+                "level_basis = 0 does without"
             )
         if basis < 1:
             raise ArgumentError(f"basis must be at least 1, got {basis}")
@@ -85,6 +91,7 @@ class LevelPosterior(nn.Module):
 
         In the precision of ``x``, at least float32. Raises as the body does.
         """
+        _require_full_precision(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             signal = self._signal(x.to(dtype), t)
@@ -100,7 +107,7 @@ class LevelPosterior(nn.Module):
 
     def _signal(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, ..., 2): what x_t adds to the log-probability of the level l, as coefficients of l and l^2."""
-        time = t.double() / self.time_scale
+        time = t.to(widest_dtype(t.device)) / self.time_scale
         before = time.floor().long()
         table = self.chain.table("log_snr", x.device)
         after = (before + 1).clamp(max=len(table) - 1)
@@ -119,19 +126,31 @@ class LevelPosterior(nn.Module):
             weights = torch.cat([signal, COEFFICIENT_GAIN * split], dim=-1)
             functions = torch.cat([powers, self.functions.to(signal.dtype)])
         bias = BIAS_GAIN * bias.to(signal.dtype)
-        logits = torch.addmm(bias, weights.flatten(0, -2), functions)  # (N, L)
-        mean, square = (logits.softmax(1) @ powers.T).reshape(signal.shape).unbind(-1)
+        flat = weights.flatten(0, -2)  # (N, ...)
+        moments = [
+            torch.addmm(bias, part, functions).softmax(1) @ powers.T  # (ROWS, L), then (ROWS, 2)
+            for part in flat.chunk(len(flat) // ROWS + 1)
+        ]
+        mean, square = torch.cat(moments).reshape(signal.shape).unbind(-1)
         return Moments(mean, (square - mean**2).clamp(min=0))
 
     def _place(self, variance: Tensor, t: Tensor) -> Tensor:
         """The output that LEARNED_RANGE reads as the best log-variance for ``variance`` (B, C, ...) of x_0."""
-        step = (t / self.time_scale).long()
-        low, gain, small, large = (
+        step = (t / self.time_scale).round().long()
+        low, gain, centre, reach = (
             append_dims(self.chain.table(name, variance.device)[step], variance.ndim).to(variance.dtype)
-            for name in ("low", "gain", "small", "large")
+            for name in ("low", "gain", "centre", "reach")
         )
-        log_variance = (low + gain * variance).log()
-        return (2 * log_variance - large - small) / (large - small)
+        return ((low + gain * variance).log() - centre) / reach
+
+
+def _require_full_precision(x: Tensor) -> None:
+    """Products of the levels' squares lose the level itself in TF32."""
+    precision = torch.get_float32_matmul_precision()
+    if x.device.type == "cuda" and precision != "highest":
+        raise ArgumentError(
+            f"a posterior of levels needs torch.set_float32_matmul_precision('highest') on CUDA, got {precision!r}"
+        )
 
 
 CHAIN_TABLES = (
@@ -148,7 +167,14 @@ CHAIN_TABLES = (
 def _chain_tables(tables: Mapping[str, Tensor], least: float) -> dict[str, Tensor]:
     log_signal, log_noise, low, coef, small, large = (tables[name] for name in CHAIN_TABLES)
     low = torch.cat([low[:1] + least**2, low[1:]])
-    return {"log_snr": log_signal - log_noise, "low": low, "gain": coef**2, "small": small, "large": large}
+    reach = (large - small) / 2  # in float64: in float32 the two may be equal
+    return {
+        "log_snr": (log_signal - log_noise).clamp(min=LEAST_LOG_SNR),
+        "low": low,
+        "gain": coef**2,
+        "centre": (large + small) / 2,
+        "reach": torch.where(reach > 0, reach, 1.0),  # of a chain of one step the range is a point
+    }
 
 
 def level_functions(levels: int, basis: int) -> Tensor:

@@ -77,7 +77,10 @@ class OptimalVariance:
         log_variance = self.data.previous(x.to(signal.dtype), now, before)[1].log()
         if self.diffusion.model_var_type is ModelVarType.LEARNED_RANGE:
             small, large = (append_dims(_on(t.device, end)[place], x.ndim) for end in self._ends)
-            log_variance = (2 * log_variance - small - large) / (large - small)
+            span = torch.where(
+                large > small, large - small, 1.0
+            )  # of a chain of one step the range is a point
+            log_variance = (2 * log_variance - small - large) / span
         return log_variance.to(x.dtype)
 
     @cached_property
@@ -134,7 +137,7 @@ def _between(signal: Tensor, t: Tensor) -> Tensor:
     if not t.is_floating_point():
         return signal[t]
     before = t.floor().long().clamp(0, len(signal) - 1)
-    log_snr = signal.logit()
+    log_snr = signal.logit().clamp(min=-80)  # a last level may hold no signal
     after = log_snr[(before + 1).clamp(max=len(signal) - 1)]
     return torch.lerp(log_snr[before], after, t.to(signal.dtype) - before).sigmoid()
 
