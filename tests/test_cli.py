@@ -168,3 +168,17 @@ def test_a_mistake_is_one_line_whatever_the_terminal_can_show(encoding):
 
 def test_text_that_is_no_box_becomes_one_line():
     assert one_line("some\n  text\n") == "some text"
+
+
+@pytest.mark.parametrize("row", ["--beta-2", "--beta PATH", "--beta; by default 3.", "--beta, as above."])
+def test_a_description_that_begins_a_row_with_a_flag_is_not_proposed(row):
+    rows = [
+        "Unknown: --alpha",
+        "─" * 30,
+        "Perhaps you meant:",
+        "    --alpha-2 INT",
+        "        Not that of",
+        f"        {row}",
+    ]
+    box = "\n".join(["╭─ Unknown ─╮", *(f"│ {text:<30} │" for text in rows), "╰───╯"])
+    assert one_line(box) == "unknown: --alpha (perhaps you meant --alpha-2 INT)"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -19,6 +20,7 @@ from perrin.data import split
 from perrin.likelihood.calibration import Calibration, plan
 from perrin.likelihood.costs import Levels, fitted_covariances, rules
 from perrin.likelihood.statistics import collect
+from perrin.training import RunFolder
 
 FILES = ("calibration.json", "calibration.csv", "calibration.png")
 
@@ -116,6 +118,8 @@ def test_people_see_the_table_and_that_it_is_for_the_bound(run, capsys):
     assert lines[1].split() == ["variance", "spacing", "4", "8", "12"]
     assert len(lines[2].split()) == 5
     assert lines[2].startswith("fixed-small  even")
+    assert any(re.search(r"steps, \d+ being best on the examples of the fit$", line) for line in lines)
+    assert f"standard errors are in {run / 'calibration.csv'}" in lines
     assert any("optimises the bound, not the looks" in line for line in lines)
     assert any(
         line.endswith("measured on that chain") and "bits/dim with 12 calibrated" in line for line in lines
@@ -165,6 +169,43 @@ def test_the_figures_depend_on_the_seed_and_weights_but_not_on_the_batch_size(ru
     assert model["weights"] == "model"
     line = error_of(["likelihood", str(run), "--calibrated"], capsys)
     assert "is for weights model of step 4, not ema-0.9 of step 4" in line
+
+
+def test_a_calibration_is_set_aside_for_another_one(run, figures, capsys):
+    (run / "calibration.json").write_bytes(figures["saved"]["calibration.json"])
+    for path in RunFolder.open(run).calibrations()[1:]:
+        path.unlink()
+    assert main(["calibrate", str(run), "--images", "7"]) == 0
+    kept = RunFolder.open(run).calibrations()[1]
+    assert re.fullmatch(r"calibration-[0-9a-f]{8}\.json", kept.name)
+    assert kept.read_bytes() == figures["saved"]["calibration.json"]
+    assert f"is kept as {kept}" in capsys.readouterr().err
+    after = RunFolder.open(run).calibrations()
+    assert main(["calibrate", str(run), "--images", "7"]) == 0  # the same once more
+    assert RunFolder.open(run).calibrations() == after
+    assert "is kept as" not in capsys.readouterr().err
+
+
+def test_inspect_says_what_the_calibration_is_for(tmp_path, figures, capsys):
+    data = image_file(tmp_path)
+    run = train(data, tmp_path / "run", *TINY)
+    assert figures_of(["inspect", str(run)], capsys)["calibration"] is None
+    (run / "calibration.json").write_bytes(figures["saved"]["calibration.json"])
+    best = figures["best_steps"]
+    expected = {"weights": "ema-0.9", "step": 4, "best_steps": best, "stale": False}
+    assert figures_of(["inspect", str(run)], capsys)["calibration"] == expected
+    assert main(["inspect", str(run)]) == 0
+    line = f"calibration  weights ema-0.9 of step 4, of the newest checkpoint; best with {best} steps"
+    assert line in capsys.readouterr().out.splitlines()
+    train(data, run, *TINY, "--steps", "5")
+    assert figures_of(["inspect", str(run)], capsys)["calibration"] == expected | {"stale": True}
+    assert main(["inspect", str(run)]) == 0
+    assert "step 4, stale: not of the newest checkpoint" in capsys.readouterr().out
+    (run / "calibration.json").write_text("{")
+    assert main(["inspect", str(run)]) == 0
+    output = capsys.readouterr()
+    assert "calibration.json is damaged" in output.err
+    assert "calibration  none" in output.out
 
 
 def test_a_single_held_out_example_has_no_error(run, capsys):

@@ -213,9 +213,10 @@ def test_one_example_cannot_tell(a, b, capsys):
     figures = compared(a, b, capsys, "--limit", "1")
     assert (figures["difference_se"], figures["better"], figures["a"]["bpd_se"]) == (None, None, None)
     assert main(["compare", str(a), str(b), "--limit", "1"]) == 0
-    output = capsys.readouterr().out
-    assert "± unknown bits/dim" in output
-    assert "one example cannot tell which is better" in output
+    output = capsys.readouterr()
+    assert "± unknown bits/dim" in output.out
+    assert "one example cannot tell which is better" in output.out
+    assert "comparing on 1 example\n" in output.err
 
 
 def test_runs_of_other_data_are_refused(a, tmp_path, capsys):
@@ -263,6 +264,7 @@ def test_the_table_can_be_parquet_and_overwrites_nothing_else(a, tmp_path, capsy
         (["--checkpoint-b", "3"], "has no checkpoint of step 3, only of"),
         (["--out", "table.txt"], "must end in .csv or .parquet, got table.txt"),
         (["--ode"], "unrecognized options: --ode"),
+        (["--steps", "3"], "--steps, 3 (perhaps you meant --steps-a {None}|INT or --steps-b {None}|INT)"),
     ],
 )
 def test_a_mistake_is_one_line(a, flags, message, capsys):

@@ -1,6 +1,9 @@
 """``perrin compress`` and ``perrin decompress``."""
 
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train
 from perrin.cli.main import main
 from perrin.data import load, split
+from perrin.training import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_the_default_is_the_held_out_part_at_all_steps(run, tmp_path, capsys, mo
     assert figures["file_bytes"] == written.stat().st_size
     assert (figures["n"], figures["raw_bytes"], figures["levels"]) == (6, 6 * 64, 256)
     assert (figures["steps"], figures["num_timesteps"], figures["calibrated"]) == (12, 12, False)
-    assert (figures["weights"], figures["step"], figures["network_calls"]) == ("ema-0.9", 4, 12 * 6)
+    assert (figures["weights"], figures["step"], figures["batched_network_calls"]) == ("ema-0.9", 4, 12 * 6)
     assert figures["file_bpd"] == pytest.approx(figures["file_bytes"] * 8 / (6 * 64))
     rest = 8 * (figures["file_bytes"] - figures["header_bytes"]) - figures["initial_bits"]
     assert figures["net_bpd"] * 6 * 64 == pytest.approx(rest, abs=64)
@@ -75,8 +79,11 @@ def test_people_are_told_the_rates(run, tmp_path, capsys):
     output = capsys.readouterr()
     assert "bytes for 1 examples of 64 bytes" in output.out
     assert "bits/dim in the file" in output.out
-    assert "initial bits and" in output.out
-    assert "T = 12, 256 levels; weights ema-0.9 of step 4; 12 network calls" in output.out
+    assert re.search(
+        r"beside the net bits: (\d+) bytes of header and initial bits \(\d+ \+ \d+\), shared", output.out
+    )
+    assert "the run keeps this checkpoint from now on" in output.out
+    assert "T = 12, 256 levels; weights ema-0.9 of step 4; 12 batched network calls" in output.out
     assert "compressing 1 examples with weights ema-0.9 of step 4" in output.err
     assert main(["decompress", str(run), str(tmp_path / "a.perrin"), "--out", str(tmp_path / "a.npy")]) == 0
     output = capsys.readouterr()
@@ -161,7 +168,9 @@ def test_another_run_is_refused(run, file, tmp_path, capsys):
     message = error_of(["decompress", str(small), str(file), *out], capsys)
     assert message == f"{file} does not fit the run {small}: shape must be (1, 6, 6), got (1, 8, 8)"
     longer = train(data, tmp_path / "longer", *TINY, "--steps", "6")
-    assert "no checkpoint of step 4" in error_of(["decompress", str(longer), str(file), *out], capsys)
+    assert error_of(["decompress", str(longer), str(file), *out], capsys) == (
+        f"{file} was compressed with step 4 of another run, or that checkpoint was deleted: {longer} has 6"
+    )
     renamed = train(data, tmp_path / "renamed", *TINY, "--ema", "0.8")
     assert "weights must be one of" in error_of(["decompress", str(renamed), str(file), *out], capsys)
     assert not (tmp_path / "x.npz").exists()
@@ -210,8 +219,71 @@ def test_data_that_do_not_fit_the_run_are_refused(run, tmp_path, capsys, array, 
     ],
 )
 def test_wrong_flags_are_refused(run, tmp_path, capsys, flags, message):
-    found = error_of(["compress", str(run), "--out", str(tmp_path / "x.perrin"), *flags], capsys)
+    out = tmp_path / "new" / "sub" / "x.perrin"
+    found = error_of(["compress", str(run), "--out", str(out), *flags], capsys)
     assert message in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_the_file_are_made(run, tmp_path, capsys):
+    out = tmp_path / "new" / "sub" / "x.perrin"
+    figures_of(["compress", str(run), "--out", str(out), "--limit", "1", "--steps", "1"], capsys)
+    assert [path.name for path in out.parent.iterdir()] == ["x.perrin"]
+    below = out / "y" / "z.perrin"
+    assert str(out) in error_of(["compress", str(run), "--out", str(below), "--steps", "999"], capsys)
+
+
+def test_training_on_keeps_the_checkpoint_that_a_file_needs(tmp_path, capsys):
+    data = image_file(tmp_path)
+    run = train(data, tmp_path / "run", *TINY, "--keep", "1")
+    out = tmp_path / "x.perrin"
+    flags = ["--limit", "2", "--steps", "2"]
+    assert figures_of(["compress", str(run), "--out", str(out), *flags], capsys)["pinned"] is True
+    for steps in ("6", "8"):
+        train(data, run, *TINY, "--keep", "1", "--steps", steps)
+    figures = figures_of(["inspect", str(run)], capsys)
+    assert figures["checkpoints"] == [4, 8]
+    restored = figures_of(["decompress", str(run), str(out), "--out", str(tmp_path / "x.npy")], capsys)
+    assert restored["n"] == 2
+
+
+def test_a_run_that_cannot_be_written_is_told_in_a_note(run, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("pinned"))
+    touch = Path.touch
+
+    def refused(path, *args, **kwargs):
+        if path.is_relative_to(copy):
+            raise OSError(30, "Read-only file system")
+        touch(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", refused)
+    out = str(tmp_path / "x.perrin")
+    assert main(["compress", str(copy), "--out", out, "--limit", "1", "--steps", "1"]) == 0
+    output = capsys.readouterr()
+    assert "pinned cannot be written: Read-only file system: further training may delete" in output.err
+    assert "keeps this checkpoint" not in output.out
+    assert not list(copy.rglob("pinned"))
+
+
+def test_a_calibrated_file_is_read_after_the_run_was_calibrated_again(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    out, back = str(tmp_path / "x.perrin"), tmp_path / "x.npy"
+    figures_of(["calibrate", str(copy)], capsys)
+    figures = figures_of(["compress", str(copy), "--out", out, "--calibrated", "--limit", "2"], capsys)
+    assert figures["calibrated"] is True
+    for seed in ("1", "2"):
+        assert main(["calibrate", str(copy), "--images", "7", "--seed", seed]) == 0
+    (copy / "calibration-00000000.json").write_text("{}")  # damaged: not the one
+    kept = RunFolder.open(copy).calibrations()
+    assert len(kept) == 4
+    figures_of(["decompress", str(copy), out, "--out", str(back)], capsys)
+    rows = split(20, 0.3)[1][:2]
+    np.testing.assert_array_equal(np.load(back), load(run.parent / "images.npz").values[rows])
+    for path in kept[1:]:
+        path.unlink()
+    message = error_of(["decompress", str(copy), out, "--out", str(tmp_path / "y.npy")], capsys)
+    assert message.endswith("are not those of this run, or the run was calibrated again since")
+    figures_of(["compress", str(copy), "--out", f"{out}.perrin", "--steps", "2", "--limit", "1"], capsys)
 
 
 def test_a_run_of_continuous_data_cannot_compress(tmp_path, capsys):

@@ -74,6 +74,36 @@ def test_the_bands_add_up_to_the_sum_of_kl_terms(long_run, tmp_path, flags, caps
         values = column(out, band["name"])
         assert band["bpd"] == pytest.approx(values.mean(), rel=1e-6, abs=1e-9)
         assert band["bpd_se"] == pytest.approx(values.std(ddof=1) / 32**0.5, rel=1e-4, abs=1e-9)
+        assert band["drawn"] is True
+    for part in ("prior", "decoder"):
+        error = column(out, f"{part}_bpd").std(ddof=1) / 32**0.5
+        assert figures[f"{part}_se"] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_band_that_no_draw_hit_has_no_error(long_run, tmp_path, capsys):
+    command = ["--limit", "2", "--terms", "2"]
+    figures, out = measured(long_run, tmp_path, capsys, *command)
+    missed = [band for band in figures["bands"] if not band["drawn"]]
+    assert len(figures["bands"]) - 4 <= len(missed) < len(figures["bands"])
+    assert {(band["bpd"], band["bpd_se"]) for band in missed} == {(0, None)}
+    assert all(band["bpd_se"] > 0 for band in figures["bands"] if band["drawn"])
+    assert main(["likelihood", str(long_run), *command, "--out", str(out)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [" ".join(row[:-1]) for row in rows if row[-1] == "–"] == [band["name"] for band in missed]
+    _, *shown = (row for row in rows if row[-1] == "share" or row[-1].endswith("%"))
+    assert len(shown) == len(figures["bands"]) - len(missed) + 2
+    assert all(row[-3] == "±" for row in shown)
+
+
+def test_the_standard_error_is_at_least_the_monte_carlo_part(long_run, tmp_path, capsys):
+    larger = []
+    for seed in range(3):
+        flags = "--limit", "2", "--terms", "2", "--seed", str(seed)
+        figures, out = measured(long_run, tmp_path, capsys, *flags)
+        spread = column(out, "bpd").std(ddof=1) / 2**0.5
+        assert figures["bpd_se"] == pytest.approx(max(spread, figures["bpd_mc_se"]), rel=1e-4)
+        larger.append(spread < figures["bpd_mc_se"])
+    assert any(larger)
 
 
 def test_the_estimate_agrees_with_all_terms_at_a_fraction_of_the_calls(long_run, tmp_path, capsys):
@@ -102,7 +132,7 @@ def test_a_part_that_is_drawn_once_has_no_known_error(run, tmp_path, capsys):
     assert figures["bpd_mc_se"] is None
     assert {row["error_bpd"] for row in table(out)} == {""}
     assert main(["likelihood", str(run), "--decoder-draws", "1", "--out", str(out)]) == 0
-    assert "the Monte-Carlo part is unknown" in capsys.readouterr().out
+    assert "the Monte-Carlo part is unknown (--decoder-draws 2 tells it)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--exact"]])
@@ -141,12 +171,18 @@ def test_other_data_are_measured_in_their_order(run, tmp_path, capsys):
     assert [row["index"] for row in table(out)] == ["0", "1", "2", "3", "4"]
 
 
-def test_a_single_example_has_no_standard_error(run, tmp_path, capsys):
+def test_a_single_example_has_the_monte_carlo_error_alone(run, tmp_path, capsys):
     figures, out = measured(run, tmp_path, capsys, "--limit", "1")
     assert figures["bpd_se"] is None
     assert {band["bpd_se"] for band in figures["bands"]} == {None}
     assert figures["bpd_mc_se"] > 0
+    assert (figures["prior_se"], figures["decoder_se"]) == (None, None)
     assert main(["likelihood", str(run), "--limit", "1", "--out", str(out)]) == 0
+    output = capsys.readouterr()
+    error = f"± {figures['bpd_mc_se']:.3f} bits/dim (n = 1: the error is the Monte-Carlo part alone)"
+    assert error in output.out
+    assert "measuring 1 example with weights" in output.err
+    assert main(["likelihood", str(run), "--limit", "1", "--decoder-draws", "1", "--out", str(out)]) == 0
     assert "± unknown bits/dim (mean and standard error of n = 1;" in capsys.readouterr().out
 
 
@@ -266,7 +302,7 @@ def test_the_ode_is_another_labelled_number(run, tmp_path, capsys):
         in output
     )
     assert "heun with 6 steps, 1 Rademacher probe; density at sigma/alpha = 0." in output
-    assert "the Monte-Carlo part is unknown" in output
+    assert "the Monte-Carlo part is unknown (--draws 2 tells it)" in output
 
 
 def test_draws_and_probes_of_the_ode_give_an_error(run, tmp_path, capsys):
@@ -274,6 +310,7 @@ def test_draws_and_probes_of_the_ode_give_an_error(run, tmp_path, capsys):
     assert (figures["draws"], figures["probes"], figures["vector_jacobian_products"]) == (2, 3, 2 * 3 * 7)
     error = column(out, "error_bpd")
     assert figures["ode_bpd_mc_se"] == pytest.approx(np.sqrt((error**2).sum()) / 6, rel=1e-4)
+    assert figures["ode_bpd_se"] >= figures["ode_bpd_mc_se"]
     assert main(["likelihood", str(run), *ODE, "--draws", "2", "--probes", "3", "--out", str(out)]) == 0
     assert (
         "2 draws; not the variational bound\nheun with 6 steps, 3 Rademacher probes"
@@ -323,7 +360,11 @@ def test_continuous_data_have_a_density_without_dequantization(vectors, tmp_path
     figures, out = measured(vectors, tmp_path, capsys, *ODE)
     assert (figures["dequantization"], figures["levels"]) == ("none", None)
     assert main(["likelihood", str(vectors), *ODE, "--out", str(out)]) == 0
-    assert "probability-flow ODE, log density, 1 draw" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "probability-flow ODE, log density, 1 draw" in output
+    assert "the Monte-Carlo part is unknown (--probes 2 tells it)" in output
+    probed, _ = measured(vectors, tmp_path, capsys, *ODE, "--probes", "2")
+    assert probed["ode_bpd_mc_se"] > 0
     for flag in ("--dequantization=uniform", "--draws=2"):
         line = error_of(["likelihood", str(vectors), *ODE, flag], capsys)
         assert line == f"{flag.split('=')[0]} is for data with levels, these are continuous"
@@ -521,6 +562,36 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(run, tmp_path, capsy
     (tmp_path / "file").write_text("")
     line = error_of(["likelihood", str(run), "--out", str(tmp_path / "file" / "x.csv")], capsys)
     assert str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--steps", "3"], "likelihood-3-steps"),
+        (["--calibrated"], "likelihood-calibrated"),
+        (["--calibrated", "--steps", "3"], "likelihood-calibrated-3-steps"),
+        (["--ode", "--ode-steps", "2"], "likelihood-ode"),
+    ],
+)
+def test_the_table_is_named_after_what_is_measured(run, flags, name, tmp_path, capsys):
+    data = image_file(tmp_path, n=2)
+    with calibrate(run):
+        for extra, end in ([], ""), ([str(data)], "-images"):
+            figures = figures_of(["likelihood", str(run), *extra, *flags, "--limit", "1"], capsys)
+            assert figures["table"] == str(run / f"{name}{end}.csv")
+            assert len(table(run / f"{name}{end}.csv")) == 1
+
+
+def test_replacing_a_table_that_was_not_named_is_said(run, tmp_path, capsys):
+    command, target = ["likelihood", str(run), "--limit", "1", "--steps", "2"], run / "likelihood-2-steps.csv"
+    said = f"replacing {target}"
+    for command_again, expected in (
+        (command, False),
+        (command, True),
+        ([*command, "--out", str(target)], False),
+    ):
+        assert main(command_again) == 0
+        assert (said in capsys.readouterr().err.splitlines()) is expected
 
 
 def test_other_data_have_a_table_of_their_own(run, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 
@@ -162,6 +163,28 @@ def test_a_header_that_could_not_be_read_is_not_written(monkeypatch):
     monkeypatch.setattr(container, "MOST_HEADER_BYTES", 100)
     with pytest.raises(DataError, match="of at most 100"):
         compress(*model(), dataset(), recipe=Recipe("ema-0.9", 7))
+
+
+def test_words_of_other_types_become_plain_ones(content):
+    plain = dataset()
+    names = [np.str_(name) for name in plain.names]
+    other = replace(plain, names=names, facts=replace(plain.facts, class_names=[np.str_("a"), np.str_("b")]))
+    assert compress(*model(), other, recipe=Recipe("ema-0.9", 7, True)).content == content
+
+
+def test_labels_without_class_names_are_refused():
+    other = replace(dataset(), facts=replace(dataset().facts, class_names=None))
+    with pytest.raises(DataError, match="0 class names do not fit its labels"):
+        compress(*model(), other, recipe=Recipe("ema-0.9", 7))
+
+
+def test_names_that_are_no_utf_8_are_refused():
+    bad = b"b\xff.png".decode("utf-8", "surrogateescape")
+    names = replace(dataset(), names=[bad, *dataset().names[1:]])
+    classes = replace(dataset(), facts=replace(dataset().facts, class_names=("a", bad)))
+    for data in (names, classes):
+        with pytest.raises(DataError, match=r"the name 'b\\udcff.png' is not UTF-8: rename it"):
+            compress(*model(), data, recipe=Recipe("ema-0.9", 7))
 
 
 @pytest.mark.parametrize("edit", [{"weights": "model"}, {"step": 8}, {"steps": 9}, {"calibrated": False}])

@@ -69,6 +69,15 @@ def test_another_ending_is_refused(tmp_path):
         claim_table(tmp_path / "t.txt", LEADING)
 
 
+def test_an_error_names_the_file_and_not_the_name_aside(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv"
+    monkeypatch.setattr("perrin.files.aside", lambda path: path.parent / "none" / "hidden.csv")
+    for write in (lambda: claim_table(path, LEADING), lambda: write_table(path, COLUMNS)):
+        with pytest.raises(FileNotFoundError) as caught:
+            write()
+        assert caught.value.filename == str(path)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("perrin.evaluation.tables.find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"parquet needs pyarrow \(pip install 'perrin\[data\]'\)"):

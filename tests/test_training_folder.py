@@ -167,6 +167,34 @@ def test_the_newest_stay_and_killed_writes_are_cleaned_up(folder: RunFolder) -> 
     assert names == ["step-00000002", "step-00000003"]
 
 
+def test_a_pinned_checkpoint_stays_and_is_read_like_any_other(folder: RunFolder) -> None:
+    for step in (1, 2):
+        folder.save_checkpoint(checkpoint(step))
+    folder.pin(1)
+    folder.pin(1)
+    for step in (3, 4):
+        folder.save_checkpoint(checkpoint(step))
+    assert folder.checkpoints() == [1, 3, 4]
+    found = folder.load_checkpoint(1)
+    torch.testing.assert_close(found.weights, checkpoint(1).weights, rtol=0, atol=0)
+    with pytest.raises(RunError, match=r"step-00000002.*cannot be written: No such file"):
+        folder.pin(2)
+
+
+def test_a_calibration_is_kept_before_another_takes_its_place(folder: RunFolder) -> None:
+    assert folder.calibrations() == []
+    assert folder.keep_calibration("one") is None
+    folder.calibration_path.write_text("one")
+    assert folder.keep_calibration("one") is None
+    assert folder.calibrations() == [folder.calibration_path]
+    kept = folder.keep_calibration("two")
+    assert kept is not None
+    assert kept.read_text() == folder.calibration_path.read_text() == "one"
+    assert folder.calibrations() == [folder.calibration_path, kept]
+    folder.calibration_path.unlink()
+    assert folder.calibrations() == [kept]
+
+
 def test_a_write_that_fails_leaves_the_old_checkpoints(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,17 +22,41 @@ def is_leftover(path: Path) -> bool:
 def written_aside(path: Path) -> Iterator[Path]:
     """A name to write to; at the end it is on disk under the name ``path``, or gone if the block raises.
 
-    Missing parent folders are made.
+    Missing parent folders are made. An `OSError` about the name to write to names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = aside(path)
+    with _speaking_of(path, hidden):
+        try:
+            yield hidden
+            sync_file(hidden)
+            hidden.replace(path)
+            sync_directory(path.parent)
+        finally:
+            hidden.unlink(missing_ok=True)
+
+
+def claim(path: Path) -> None:
+    """Make sure, before long work, that ``path`` can be written aside; missing parent folders are made.
+
+    Raises `OSError`, which names ``path`` or a folder, where it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = aside(path)
+    with _speaking_of(path, hidden):
+        hidden.touch()
+        hidden.unlink()
+
+
+@contextmanager
+def _speaking_of(path: Path, hidden: Path) -> Iterator[None]:
+    """Within it, an `OSError` about ``hidden`` names ``path``, which is the one that people know."""
     try:
-        yield hidden
-        sync_file(hidden)
-        hidden.replace(path)
-        sync_directory(path.parent)
-    finally:
-        hidden.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is not None and str(error.filename) == str(hidden):
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from perrin.cli.console import with_error
-from perrin.cli.measure import Calls, Effort, Subject, batches, bound_of, calls_per_example, finite, pilot
+from perrin.cli.console import measured_text
+from perrin.cli.measure import (
+    Calls,
+    Effort,
+    Subject,
+    batches,
+    bound_of,
+    calls_per_example,
+    finite,
+    mean_with_errors,
+    pilot,
+)
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -32,7 +42,9 @@ class Band:
     name: str
     bpd: float
     bpd_se: float | None
-    """None for a single example."""
+    """None for a single example, and where no term was drawn."""
+    drawn: bool
+    """Whether a term was drawn for any example; the estimate is 0 otherwise."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +53,38 @@ class Means:
 
     bpd: float
     bpd_se: float
-    """Standard error over the examples, which holds the Monte-Carlo noise."""
+    """Standard error over the examples, which holds the Monte-Carlo noise; at least that noise."""
     bpd_mc_se: float
     """The Monte-Carlo noise alone: the standard error for these very examples."""
     n: int
     prior_bpd: float
+    prior_se: float
     vb_bpd: float
     decoder_bpd: float
+    decoder_se: float
     bands: list[Band]
 
     @classmethod
-    def of(cls, rows: Tensor, bands: Sequence[str]) -> Means:
-        """Those of ``rows`` (N, 5 + bands), whose columns are `PARTS` and ``bands``."""
+    def of(cls, rows: Tensor, bands: Sequence[str], drawn: Container[int]) -> Means:
+        """Those of ``rows`` (N, 5 + bands), with the columns `PARTS` and ``bands``, of which some were ``drawn``."""
         from perrin.likelihood import mean_and_error
 
-        found = [mean_and_error(column) for column in rows.T]
+        bpd, error, noise = mean_with_errors(rows[:, 0], rows[:, 1])
+        (prior, prior_se), (vb, _), (decoder, decoder_se), *others = map(mean_and_error, rows.T[2:])
         return cls(
-            bpd=found[0][0],
-            bpd_se=found[0][1],
-            bpd_mc_se=float(rows[:, 1].square().sum().sqrt()) / len(rows),
+            bpd=bpd,
+            bpd_se=error,
+            bpd_mc_se=noise,
             n=len(rows),
-            prior_bpd=found[2][0],
-            vb_bpd=found[3][0],
-            decoder_bpd=found[4][0],
-            bands=[Band(name, bpd, finite(se)) for name, (bpd, se) in zip(bands, found[5:], strict=True)],
+            prior_bpd=prior,
+            prior_se=prior_se,
+            vb_bpd=vb,
+            decoder_bpd=decoder,
+            decoder_se=decoder_se,
+            bands=[
+                Band(name, mean, finite(se) if place in drawn else None, place in drawn)
+                for place, (name, (mean, se)) in enumerate(zip(bands, others, strict=True))
+            ],
         )
 
 
@@ -111,10 +131,10 @@ def measure(
 
     started, calls, bands = time.monotonic(), Calls(), NoiseBands.of(model.chain)
     moments = Moments(model.chain.num_timesteps) if per_timestep else None
-    rows = _rows(model, dataset, indices, effort, bands=bands, moments=moments, calls=calls)
+    rows, drawn = _rows(model, dataset, indices, effort, bands=bands, moments=moments, calls=calls)
     _write_rows(out, dataset, indices[: len(rows)], dict(zip((*PARTS, *bands.names), rows.T, strict=True)))
     return Figures(
-        **vars(Means.of(rows, bands.names)),
+        **vars(Means.of(rows, bands.names, drawn)),
         network_calls=calls_per_example(model, effort),
         network_calls_total=calls.images,
         seconds=time.monotonic() - started,
@@ -149,8 +169,8 @@ def _rows(
     bands: NoiseBands,
     moments: Moments | None,
     calls: Calls,
-) -> Tensor:
-    """`PARTS` and the bands of each example, (N, 5 + bands) float64 on the CPU.
+) -> tuple[Tensor, set[int]]:
+    """`PARTS` and the bands of each example, (N, 5 + bands) float64 on the CPU; and the bands with a term drawn.
 
     The pilot takes the first of ``indices`` whatever the limit, so that an example's figures do not depend on it.
     """
@@ -160,7 +180,8 @@ def _rows(
 
     probabilities = pilot(model, dataset, indices, effort, calls)
     measured = indices[: effort.limit]
-    rows = []
+    rows: list[Tensor] = []
+    drawn: set[int] = set()
     with (
         Bar("measuring", len(measured) * calls_per_example(model, effort)) as bar,
         calls.counted(model.run.network, bar),
@@ -169,9 +190,10 @@ def _rows(
             found = bound_of(model, dataset, batch, effort, probabilities)
             parts = [found.total, found.error, found.prior, found.vb, found.decoder]
             rows.append(torch.column_stack([*parts, bands.sums(found)]))
+            drawn.update(bands.places[t] for t in found.times.flatten().tolist())
             if moments is not None:
                 moments.add(found)
-    return torch.cat(rows)
+    return torch.cat(rows), drawn
 
 
 class Moments:
@@ -248,12 +270,11 @@ def _write_curve(curve: list[Term], out: Path) -> list[str]:
 
 def describe(figures: Figures) -> list[str]:
     """The figures for people."""
-    noise = "unknown" if math.isnan(figures.bpd_mc_se) else f"{figures.bpd_mc_se:.4f}"
+    found = figures.bpd, figures.bpd_se, figures.bpd_mc_se
     kl = "all" if figures.terms is None else "estimated from"
     draws = figures.network_calls - figures.decoder_draws
     return [
-        f"{with_error(figures.bpd, figures.bpd_se)} (mean and standard error of n = {figures.n}; "
-        f"the Monte-Carlo part is {noise})",
+        measured_text(*found, count=figures.n, remedy="--decoder-draws 2"),
         *_band_lines(figures),
         f"variational bound, {figures.chain}; {data_text(figures.levels)}, {clip_text(figures.clip_denoised)}",
         f"weights {figures.weights} of step {figures.step}; seed {figures.seed}; {figures.seconds:.1f} s",
@@ -266,11 +287,15 @@ def describe(figures: Figures) -> list[str]:
 
 def _band_lines(figures: Figures) -> Sequence[str]:
     """A table of the parts of the bound."""
-    ends = Band("decoder", figures.decoder_bpd, None), Band("prior", figures.prior_bpd, None)
-    rows = [ends[0], *figures.bands, ends[1]]
+    decoder = Band("decoder", figures.decoder_bpd, finite(figures.decoder_se), drawn=True)
+    prior = Band("prior", figures.prior_bpd, finite(figures.prior_se), drawn=True)
+    rows = [decoder, *figures.bands, prior]
     width = max(len(row.name) for row in rows)
-    lines = []
+    lines = [f"  {'':<{width}}  {'bits/dim':<17} {'share':>7}"]
     for row in rows:
+        if not row.drawn:
+            lines.append(f"  {row.name:<{width}}  {'–':>8}")
+            continue
         error = "" if row.bpd_se is None else f" ± {row.bpd_se:.4f}"
         lines.append(f"  {row.name:<{width}}  {row.bpd:8.4f}{error:<9} {row.bpd / figures.bpd:7.1%}")
     return lines

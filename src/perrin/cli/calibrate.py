@@ -236,6 +236,9 @@ class Calibrating:
 
         path = self.subject.run.folder.calibration_path
         table, plot = path.with_suffix(".csv"), path.with_suffix(".png")
+        kept = self.subject.run.folder.keep_calibration(calibration.to_json())
+        if kept is not None:
+            note(f"the run's calibration so far is kept as {kept}: files compressed with it need it")
         calibration.write(path)
         write_table(table, columns_of(cells))
         plot_curve(cells, plot)
@@ -307,8 +310,10 @@ def describe(figures: Figures) -> list[str]:
         f"bits/dim of n = {figures.n} held-out examples ({levels}, predictions clipped), by number of steps",
         *table_lines(figures.curve),
         "every row ends in the decoder of calibrated width; `DP` timesteps are those that suit the row's variance",
+        f"standard errors are in {figures.table}",
         *measured,
-        f"saved: variance {figures.kind}; timesteps for every number of steps, {figures.best_steps} being best",
+        f"saved: variance {figures.kind}; timesteps for every number of steps, {figures.best_steps} being best "
+        f"on the examples of the fit",
         "this optimises the bound, not the looks: of samples it promises nothing",
         f"weights {figures.weights} of step {figures.step}, fitted to {figures.images} examples; "
         f"{figures.network_calls_total} network calls in all; {figures.seconds:.1f} s",

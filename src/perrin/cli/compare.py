@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING
 import tyro
 
 from perrin.cli.bound import clip_text, data_text
-from perrin.cli.console import DeviceName, note, report, with_error
+from perrin.cli.console import DeviceName, examples, note, report, with_error
 from perrin.cli.flags import parse
-from perrin.cli.measure import Calls, Effort, Subject, batches, bound_of, calls_per_example, held_out, pilot
+from perrin.cli.measure import (
+    Calls,
+    Effort,
+    Subject,
+    batches,
+    bound_of,
+    calls_per_example,
+    held_out,
+    mean_with_errors,
+    pilot,
+)
 from perrin.errors import RunError
 
 if TYPE_CHECKING:
@@ -73,7 +83,7 @@ class Side:
     run: str
     bpd: float
     bpd_se: float | None
-    """Standard error over the examples; None for a single one."""
+    """Standard error over the examples, at least the Monte-Carlo error; None for a single one."""
     weights: str
     step: int
     chain: str
@@ -134,7 +144,7 @@ def run(args: Sequence[str]) -> None:
     indices = (
         list(range(len(dataset))) if options.data is not None else held_out_of_both(a.run, b.run, dataset)
     )
-    note(f"comparing on {len(indices[: options.effort.limit])} examples")
+    note(f"comparing on {examples(len(indices[: options.effort.limit]))}")
     found = compare(a, b, dataset, indices, effort=options.effort, out=options.out)
     report(asdict(found), describe(found), as_json=options.json)
 
@@ -195,14 +205,15 @@ def compare(
 
     started, calls = time.monotonic(), Calls()
     measured = indices[: effort.limit]
-    (bpd_a, bpd_b), shared = _totals(a, b, dataset, indices, effort, calls)
+    totals, shared = _totals(a, b, dataset, indices, effort, calls)
+    bpd_a, bpd_b = (one[:, 0] for one in totals)
     if out is not None:
         values = [bpd_a.tolist(), bpd_b.tolist(), (bpd_b - bpd_a).tolist()]
         names = [dataset.names[i] for i in measured]
         write_table(out, dict(zip(LEADING, [measured, names, *values], strict=True)))
     difference, error = mean_and_error(bpd_b - bpd_a)
-    sides = [_side(one, bpd, dataset, measured, effort) for one, bpd in ((a, bpd_a), (b, bpd_b))]
-    unpaired = math.hypot(*(math.nan if side.bpd_se is None else side.bpd_se for side in sides))
+    sides = [_side(one, found, dataset, measured, effort) for one, found in zip((a, b), totals, strict=True)]
+    unpaired = math.hypot(*(mean_and_error(bpd)[1] for bpd in (bpd_a, bpd_b)))
     return Figures(
         difference=difference,
         difference_se=error,
@@ -225,7 +236,7 @@ def compare(
 def _totals(
     a: Subject, b: Subject, dataset: Dataset, indices: list[int], effort: Effort, calls: Calls
 ) -> tuple[tuple[Tensor, Tensor], bool]:
-    """Bits per dimension (N,) of each, and whether both were given the same timesteps."""
+    """Bits per dimension and Monte-Carlo errors (N, 2) of each; and whether both were given the same timesteps."""
     import torch
 
     from perrin.cli.progress import Bar
@@ -244,14 +255,13 @@ def _totals(
     ):
         for batch in batches(measured, effort.batch_size):
             for one, probabilities, parts in zip((a, b), pilots, totals, strict=True):
-                parts.append(bound_of(one, dataset, batch, effort, probabilities).total)
+                found = bound_of(one, dataset, batch, effort, probabilities)
+                parts.append(torch.column_stack([found.total, found.error]))
     return (torch.cat(totals[0]), torch.cat(totals[1])), shared
 
 
-def _side(model: Subject, bpd: Tensor, dataset: Dataset, indices: list[int], effort: Effort) -> Side:
-    from perrin.likelihood import mean_and_error
-
-    mean, error = mean_and_error(bpd)
+def _side(model: Subject, totals: Tensor, dataset: Dataset, indices: list[int], effort: Effort) -> Side:
+    mean, error, _ = mean_with_errors(totals[:, 0], totals[:, 1])
     return Side(
         run=str(model.run.folder.path),
         bpd=mean,
@@ -311,5 +321,5 @@ def _seen(name: str, side: Side, count: int) -> str | None:
     if side.trained_on is None:
         return f"{name} was trained on other data: whether they hold these examples is not known"
     if side.trained_on:
-        return f"{name} was trained on {side.trained_on} of these {count} examples, which flatters it"
+        return f"{name} was trained on {side.trained_on} of these {examples(count)}, which flatters it"
     return None

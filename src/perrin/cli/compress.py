@@ -13,7 +13,7 @@ import tyro
 from perrin.cli.console import note, report
 from perrin.cli.flags import parse
 from perrin.cli.measure import Subject, held_out
-from perrin.errors import ArgumentError
+from perrin.errors import ArgumentError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,8 @@ class Options:
     """Compress images or arrays without loss, with a run as the model.
 
     Data like the run's take about as many bits as `perrin likelihood` says for the same steps. Keep the run: the file
-    can be read only with the same weights. Computed on the CPU in float64, whatever device there is, so that other
-    machines can read it."""
+    can be read only with the same weights, and the run keeps their checkpoint from now on. Computed on the CPU in
+    float64, whatever device there is, so that other machines can read it."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -39,7 +39,7 @@ class Options:
     """File to write; by default the name of the data with .perrin, in the current folder."""
     steps: int | None = None
     """Timesteps of the chain, evenly spaced unless --calibrated; by default all T. Fewer are faster and, unless
-    calibrated, take more bits."""
+    calibrated, take more bits: for speed, `--calibrated --steps 16` to 64."""
     calibrated: bool = False
     """Use the variances and timesteps of `perrin calibrate`; without --steps, as many as were best."""
     limit: int | None = None
@@ -68,7 +68,8 @@ class Figures:
     initial_bits: int
     header_bytes: int
     """Of names, labels and all else that is not coded values."""
-    network_calls: int
+    batched_network_calls: int
+    """One for each batch of examples and step."""
     seconds: float
     steps: int
     num_timesteps: int
@@ -76,6 +77,8 @@ class Figures:
     levels: int
     weights: str
     step: int
+    pinned: bool
+    """Whether the run keeps this checkpoint from now on."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -103,10 +106,11 @@ def run(args: Sequence[str]) -> None:
     dataset = subset(dataset, indices[: options.limit])
     note(f"compressing {len(dataset)} examples with weights {model.run.weights} of step {model.run.step}")
     started = time.monotonic()
+    pinned = pin(model.run)
     made = compressed(model, dataset)
     with written_aside(out) as aside:
         aside.write_bytes(made.content)
-    figures = figures_of(model, dataset, made, out=out, seconds=time.monotonic() - started)
+    figures = figures_of(model, dataset, made, out=out, pinned=pinned, seconds=time.monotonic() - started)
     report(asdict(figures), describe(figures, model.chain_text), as_json=options.json)
 
 
@@ -117,14 +121,23 @@ def default_name(options: Options) -> str:
 
 
 def claim_new(out: Path) -> None:
-    """Make sure, before long work, that ``out`` can be written and is not there yet."""
-    from perrin.files import aside
+    """Make sure, before long work, that ``out`` can be written and is not there yet. Nothing is left behind."""
+    from perrin.files import claim
 
     if out.exists():
         raise ArgumentError(f"{out} exists, and nothing is overwritten: choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside(out).touch()
-    aside(out).unlink()
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    claim(place / out.name)
+
+
+def pin(run: Run) -> bool:
+    """Have the run keep its checkpoint, without which the file is lost; whether it does."""
+    try:
+        run.folder.pin(run.step)
+    except RunError as error:
+        note(f"{error}: further training may delete the checkpoint of step {run.step}, which the file needs")
+        return False
+    return True
 
 
 def subset(dataset: Dataset, indices: Sequence[int]) -> Dataset:
@@ -171,7 +184,9 @@ def classes_of(run: Run, dataset: Dataset) -> Tensor | None:
     return class_numbers(run, dataset, None if dataset.labels is None else torch.from_numpy(dataset.labels))
 
 
-def figures_of(model: Subject, dataset: Dataset, made: Compressed, *, out: Path, seconds: float) -> Figures:
+def figures_of(
+    model: Subject, dataset: Dataset, made: Compressed, *, out: Path, pinned: bool, seconds: float
+) -> Figures:
     """The figures of the file ``made``."""
     values = dataset.values.size
     return Figures(
@@ -183,7 +198,7 @@ def figures_of(model: Subject, dataset: Dataset, made: Compressed, *, out: Path,
         net_bpd=made.coded.net_bits / values,
         initial_bits=made.coded.initial_bits,
         header_bytes=len(made.content) - len(made.coded.payload),
-        network_calls=made.coded.network_calls,
+        batched_network_calls=made.coded.network_calls,
         seconds=seconds,
         steps=model.chain.num_timesteps,
         num_timesteps=model.run.diffusion.num_timesteps,
@@ -191,15 +206,20 @@ def figures_of(model: Subject, dataset: Dataset, made: Compressed, *, out: Path,
         levels=dataset.facts.levels or 0,
         weights=model.run.weights,
         step=model.run.step,
+        pinned=pinned,
     )
 
 
 def describe(figures: Figures, chain: str) -> list[str]:
     """The figures for people."""
+    initial = -(-figures.initial_bits // 8)
+    kept = ["the run keeps this checkpoint from now on: the file needs it"] if figures.pinned else []
     return [
         f"{figures.file}: {figures.file_bytes} bytes for {figures.n} examples of {figures.raw_bytes} bytes",
         f"  {figures.file_bpd:.3f} bits/dim in the file, {figures.net_bpd:.3f} net",
-        f"  beside the net bits: {figures.initial_bits} initial bits and {figures.header_bytes} bytes of header",
+        f"  beside the net bits: {figures.header_bytes + initial} bytes of header and initial bits "
+        f"({figures.header_bytes} + {initial}), shared by all examples",
         f"{chain}, {figures.levels} levels; weights {figures.weights} of step {figures.step}; "
-        f"{figures.network_calls} network calls; {figures.seconds:.1f} s",
+        f"{figures.batched_network_calls} batched network calls; {figures.seconds:.1f} s",
+        *kept,
     ]

@@ -43,6 +43,25 @@ def with_error(mean: float, error: float | None) -> str:
     return f"{mean:.3f} ± {error:.3f} bits/dim" if known else f"{mean:.3f} ± unknown bits/dim"
 
 
+def measured_text(mean: float, error: float, noise: float, *, count: int, remedy: str) -> str:
+    """The mean of ``count`` examples with its standard ``error``, and the Monte-Carlo ``noise``, all in bits/dim.
+
+    A single example has that noise alone. Where it is not known (NaN), ``remedy`` is the flag that would tell it.
+    """
+    known = not math.isnan(noise)
+    if count == 1 and known:
+        return f"{with_error(mean, noise)} (n = 1: the error is the Monte-Carlo part alone)"
+    part = f"{noise:.4f}" if known else f"unknown ({remedy} tells it)"
+    return (
+        f"{with_error(mean, error)} (mean and standard error of n = {count}; the Monte-Carlo part is {part})"
+    )
+
+
+def examples(count: int) -> str:
+    """``1 example``, ``2 examples``."""
+    return f"{count} example{'s' * (count != 1)}"
+
+
 def duration(seconds: float) -> str:
     """A time for people: ``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
     whole = max(0, round(seconds))

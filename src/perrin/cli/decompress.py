@@ -14,7 +14,7 @@ from perrin.cli.compress import claim_new, classes_of, shown_on
 from perrin.cli.console import note, report
 from perrin.cli.flags import parse
 from perrin.cli.measure import Subject
-from perrin.errors import DataError
+from perrin.errors import DataError, PerrinError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from perrin.build import Run
     from perrin.codec import File, Header
     from perrin.data import Dataset
+    from perrin.diffusion import GaussianDiffusion
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Options:
     """The .perrin file."""
     out: Path | None = None
     """.npy or .npz file to write, or a new folder for PNG files; by default the file's name with .npz if it holds
-    labels or names, else .npy, in the current folder."""
+    labels or names, else .npy, in the current folder. Values and dtype come back bit for bit, images in arrays as
+    (N, C, H, W): what was given as (N, H, W) is (N, 1, H, W)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -96,23 +98,40 @@ def check_out(out: Path, header: Header) -> None:
 
 def model_of(path: Path, header: Header, file: Path) -> Subject:
     """The run at ``path`` with the weights and the chain that the file names. Raises `DataError` if it is another."""
+    from perrin.build import load_run, run_chain
     from perrin.training import RunFolder
 
-    facts = RunFolder.open(path).facts
+    folder = RunFolder.open(path)
+    facts = folder.facts
     for name, found, expected in (
         ("shape", header.shape[1:], facts.shape),
         ("levels", header.levels, facts.levels),
     ):
         if found != expected:
             raise DataError(f"{file} does not fit the run {path}: {name} must be {expected}, got {found}")
-    return Subject.load(
-        path,
-        weights=header.weights,
-        checkpoint=header.step,
-        steps=header.steps,
-        calibrated=header.calibrated,
-        device="cpu",
-    )
+    if header.step not in folder.checkpoints():
+        raise DataError(
+            f"{file} was compressed with step {header.step} of another run, or that checkpoint was deleted: "
+            f"{path} has {', '.join(map(str, folder.checkpoints())) or 'none'}"
+        )
+    run = load_run(path, weights=header.weights, step=header.step)
+    chain = calibrated_chain(run, header) if header.calibrated else run_chain(run, steps=header.steps)
+    return Subject(run, chain, header.calibrated)
+
+
+def calibrated_chain(run: Run, header: Header) -> GaussianDiffusion:
+    """The chain of that calibration of the run with which the file was compressed. `DataError` if none is it."""
+    from perrin.build import run_calibration
+    from perrin.codec import fits, other_model
+
+    for path in run.folder.calibrations():
+        try:
+            chain = run_calibration(run, path).chain(run.diffusion, header.steps)
+        except PerrinError:  # damaged, or for other weights
+            continue
+        if fits(header, chain, run.network):
+            return chain
+    raise DataError(other_model(header))
 
 
 def decompressed(model: Subject, file: File) -> Dataset:

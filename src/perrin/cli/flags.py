@@ -17,6 +17,9 @@ Options = TypeVar("Options")
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
 
+FLAG = re.compile(r"--?\w[\w-]*(, --?\w[\w-]*)*( [A-Z{\[].*)?")
+"""A flag with its other names and what it takes: ``--steps {None}|INT``; no sentence that begins with a flag."""
+
 
 def parse(
     options: type[Options], args: Sequence[str], *, command: str, registry: ConstructorRegistry | None = None
@@ -52,19 +55,28 @@ def one_line(box: str) -> str:
 
     A box is a title, then sections divided by rules; where the terminal has no UTF-8, all of it in ASCII.
     """
-    rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    rows = [row.rstrip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
     sections: list[list[str]] = [[]]
     for row in filter(None, rows):
-        if set(row) in ({"─"}, {"-"}):
+        if set(row.lstrip("│ ")) in ({"─"}, {"-"}):
             sections.append([])
         else:
             sections[-1].append(row)
     headline, *others = sections if box.startswith("╭") else sections[1:] or sections
-    message = _lower(" ".join(headline).removeprefix("Error parsing "))
+    message = _lower(" ".join(row.lstrip("│ ") for row in headline).removeprefix("Error parsing "))
     proposed = [row for section in others for row in section]
-    flags = " or ".join(row for row in proposed if row.startswith("-"))
-    label = "perhaps you meant" if "Perhaps you meant:" in proposed else "expected"
+    flags = " or ".join(_flags(proposed))
+    label = "perhaps you meant" if any("Perhaps you meant:" in row for row in proposed) else "expected"
     return f"{message} ({label} {flags})" if flags else message
+
+
+def _flags(rows: Sequence[str]) -> list[str]:
+    """The flags among ``rows``: their descriptions, which may begin a row with another flag, are further in."""
+    found = [row.lstrip("│ ") for row in rows]
+    depths = [len(row) - len(text) for row, text in zip(rows, found, strict=True)]
+    named = [(depth, text) for depth, text in zip(depths, found, strict=True) if FLAG.fullmatch(text)]
+    least = min((depth for depth, _ in named), default=0)
+    return [text for depth, text in named if depth == least]
 
 
 def _lower(text: str) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from perrin.cli.console import report
+from perrin.cli.console import note, report
 from perrin.cli.flags import parse
+from perrin.errors import RunError
 
 if TYPE_CHECKING:
     from perrin.diffusion import GaussianDiffusion
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Show a run: configuration, data, size, checkpoints, ends of the schedule, last metrics."""
+    """Show a run: configuration, data, size, checkpoints, calibration, ends of the schedule, last metrics."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -51,8 +52,28 @@ def figures_of(folder: RunFolder) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "checkpoints": folder.checkpoints(),
         "weights": list(folder.weights_names),
+        "calibration": calibration_of(folder),
         **schedule_ends(diffusion, folder.facts.levels),
         "metrics": last,
+    }
+
+
+def calibration_of(folder: RunFolder) -> dict[str, Any] | None:
+    """What the run's calibration is for, stale if not for the newest checkpoint; None if there is none to use."""
+    from perrin.likelihood.calibration import Calibration
+
+    if not folder.calibration_path.exists():
+        return None
+    try:
+        found = Calibration.read(folder.calibration_path)
+    except RunError as error:
+        note(str(error))
+        return None
+    return {
+        "weights": found.weights,
+        "step": found.step,
+        "best_steps": found.best_steps,
+        "stale": folder.checkpoints()[-1:] != [found.step],
     }
 
 
@@ -93,10 +114,20 @@ def describe(figures: dict[str, Any]) -> list[str]:
         + ("" if half_bins is None else f" = {half_bins:.2f} half-bins"),
         f"checkpoints  {', '.join(map(str, figures['checkpoints'])) or 'none yet'}",
         f"weights      {', '.join(figures['weights'])}",
+        f"calibration  {_calibration(figures['calibration'])}",
         "last         "
         + (", ".join(f"{key} {_shown(value)}" for key, value in last.items()) or "no metrics yet"),
     ]
     return lines
+
+
+def _calibration(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "none"
+    state = "stale: not of the newest checkpoint" if found["stale"] else "of the newest checkpoint"
+    return (
+        f"weights {found['weights']} of step {found['step']}, {state}; best with {found['best_steps']} steps"
+    )
 
 
 def _shown(value: float | int | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from perrin.cli.console import DeviceName, note, report
+from perrin.cli.console import DeviceName, examples, note, report
 from perrin.cli.flags import parse
 from perrin.cli.measure import Effort, Subject, given, held_out
 from perrin.cli.ode import OdeOptions
@@ -41,7 +41,8 @@ class Options:
     """Measure log p by the probability-flow ODE instead of the bound: another model made of the same network."""
     with_ode: OdeOptions = field(default_factory=OdeOptions)
     out: Path | None = None
-    """Table to write, .csv or .parquet; by default likelihood.csv, or likelihood-DATA.csv, in the run's folder."""
+    """Table to write, .csv or .parquet; by default one in the run's folder whose name says what was measured:
+    likelihood.csv, likelihood-DATA.csv, likelihood-ode.csv, likelihood-calibrated-64-steps.csv."""
     device: DeviceName = "auto"
     """Where to compute."""
     json: bool = False
@@ -65,14 +66,16 @@ def run(args: Sequence[str]) -> None:
         device=options.device,
     )
     options.effort.check_terms(model.chain.num_timesteps - 1)
-    out = options.out or model.run.folder.likelihood_path(options.data)
+    out = options.out or default_table(options, model.run.folder.likelihood_path(options.data))
     claim_table(out, LEADING)
     if options.per_timestep:
         CurveFiles.beside(out).claim()
     dataset = run_data(model.run, options.data)
     indices = list(range(len(dataset))) if options.data is not None else held_out(model.run, len(dataset))
     count = len(indices[: options.effort.limit])
-    note(f"measuring {count} examples with weights {model.run.weights} of step {model.run.step}")
+    if options.out is None and out.exists():
+        note(f"replacing {out}")
+    note(f"measuring {examples(count)} with weights {model.run.weights} of step {model.run.step}")
     if options.ode:
         from perrin.cli.ode import measure_ode
 
@@ -84,6 +87,20 @@ def run(args: Sequence[str]) -> None:
     effort = replace(options.effort, exact=True) if options.per_timestep else options.effort
     found = measure(model, dataset, indices, effort=effort, out=out, per_timestep=options.per_timestep)
     report(asdict(found), describe(found), as_json=options.json)
+
+
+def default_table(options: Options, plain: Path) -> Path:
+    """Where the table goes without --out: ``plain`` for the bound of the run's own chain, or a like name.
+
+    ``likelihood-DATA.csv`` becomes ``likelihood-ode-DATA.csv`` or ``likelihood-calibrated-64-steps-DATA.csv``.
+    """
+    wanted = {
+        "-ode": options.ode,
+        "-calibrated": options.calibrated,
+        f"-{options.steps}-steps": options.steps,
+    }
+    marks = "".join(mark for mark, given in wanted.items() if given)
+    return plain.with_name(f"likelihood{marks}{plain.name.removeprefix('likelihood')}")
 
 
 def check(options: Options) -> None:

@@ -178,6 +178,20 @@ def calls_per_example(model: Subject, effort: Effort) -> int:
     return (model.chain.num_timesteps - 1 if terms is None else terms) + effort.decoder_draws
 
 
+def mean_with_errors(values: Tensor, errors: Tensor) -> tuple[float, float, float]:
+    """The mean of ``values`` (n,) with Monte-Carlo ``errors`` (n,), its standard error, and its Monte-Carlo error.
+
+    The standard error is that over the examples, which holds the Monte-Carlo noise, or the Monte-Carlo error where
+    that is larger: few examples can lie closer together than their noise by chance, and the noise of terms of unlike
+    size is overrated, which errs to the safe side. It is NaN for a single example.
+    """
+    from perrin.likelihood import mean_and_error
+
+    mean, error = mean_and_error(values)
+    noise = float(errors.square().sum().sqrt()) / len(errors)
+    return mean, noise if noise > error else error, noise
+
+
 def held_out(run: Run, count: int) -> list[int]:
     """The places in the run's data set, of ``count`` examples, that it was not trained on."""
     from perrin.data import split

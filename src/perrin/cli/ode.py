@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perrin.cli.console import with_error
-from perrin.cli.measure import Effort, Subject, batches, given
+from perrin.cli.console import measured_text
+from perrin.cli.measure import Effort, Subject, batches, given, mean_with_errors
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class OdeFigures:
 
     ode_bpd: float
     ode_bpd_se: float
-    """Standard error over the examples, which holds the noise of probes and dequantization."""
+    """Standard error over the examples, which holds the noise of probes and dequantization; at least that noise."""
     ode_bpd_mc_se: float
     """That noise alone."""
     n: int
@@ -132,10 +132,9 @@ class OdeFigures:
         """The figures for people."""
         bound = "log density" if self.levels is None else f"bound with {self.dequantization} dequantization"
         trace = f"{self.probes} Rademacher probe{'s' * (self.probes > 1)}" if self.probes else "exact trace"
-        noise = "unknown" if math.isnan(self.ode_bpd_mc_se) else f"{self.ode_bpd_mc_se:.4f}"
+        remedy = "--probes 2" if self.levels is None else "--draws 2"
         return [
-            f"{with_error(self.ode_bpd, self.ode_bpd_se)} (mean and standard error of n = {self.n}; "
-            f"the Monte-Carlo part is {noise})",
+            measured_text(self.ode_bpd, self.ode_bpd_se, self.ode_bpd_mc_se, count=self.n, remedy=remedy),
             f"probability-flow ODE, {bound}, {self.draws} draw{'s' * (self.draws > 1)}; not the variational bound",
             f"{self.solver}, {trace}; density at sigma/alpha = {self.start_noise:.4g}; predictions not clipped",
             f"T = {self.num_timesteps}; weights {self.weights} of step {self.step}; seed {self.seed}; "
@@ -153,19 +152,18 @@ def measure_ode(
     import torch
 
     from perrin.evaluation.tables import write_table
-    from perrin.likelihood import mean_and_error
 
     started = time.monotonic()
     found = _measured(model, dataset, indices, effort, how)
     bpd, errors = (torch.cat(parts) for parts in ([one.bpd for one in found], [one.error for one in found]))
     names = [dataset.names[i] for i in indices]
     write_table(out, {"index": indices, "name": names, "bpd": bpd.tolist(), "error_bpd": errors.tolist()})
-    mean, error = mean_and_error(bpd)
+    mean, error, noise = mean_with_errors(bpd, errors)
     sizes = [len(one.bpd) / len(indices) for one in found]
     return OdeFigures(
         ode_bpd=mean,
         ode_bpd_se=error,
-        ode_bpd_mc_se=float(errors.square().sum().sqrt()) / len(errors),
+        ode_bpd_mc_se=noise,
         n=len(indices),
         dequantization=found[0].dequantization,
         draws=found[0].draws,

@@ -2,7 +2,7 @@
 
 from perrin.codec.coder import require
 from perrin.codec.container import File, Header, read
-from perrin.codec.dataset import Compressed, Recipe, compress, dataset_of, decompress
+from perrin.codec.dataset import Compressed, Recipe, compress, dataset_of, decompress, fits, other_model
 
 __all__ = [
     "Compressed",
@@ -12,6 +12,8 @@ __all__ = [
     "compress",
     "dataset_of",
     "decompress",
+    "fits",
+    "other_model",
     "read",
     "require",
 ]

@@ -67,7 +67,7 @@ class File(NamedTuple):
 
 
 def pack(file: File) -> bytes:
-    """The bytes of ``file``. Raises `DataError` where its names and labels are more than `unpack` would read."""
+    """The bytes of ``file``. Raises `DataError` where `unpack` would not read them."""
     text = _ADAPTER.dump_json(file.header, exclude_defaults=True)
     if len(text) > MOST_HEADER_BYTES:
         raise DataError(
@@ -75,7 +75,9 @@ def pack(file: File) -> bytes:
         )
     header = zlib.compress(text, 9)
     content = _PREAMBLE.pack(MAGIC, VERSION, len(header), len(file.payload)) + header + file.payload
-    return content + _hash(content)
+    packed = content + _hash(content)
+    unpack(packed, "what was compressed")
+    return packed
 
 
 def read(path: Path) -> File:

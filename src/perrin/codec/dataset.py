@@ -49,10 +49,12 @@ def compress(
     kernels = Kernels(chain, network)
     values = np.asarray(dataset.values)
     _check(values, kernels.levels)
-    coded = encode(kernels, values, classes=classes, advance=advance)
-    names = tuple(dataset.names) if any(name.lower().endswith(SUFFIXES) for name in dataset.names) else ()
+    named = any(name.lower().endswith(SUFFIXES) for name in dataset.names)
+    names = tuple(map(str, dataset.names)) if named else ()
     labels = () if dataset.labels is None else tuple(dataset.labels.tolist())
-    class_names = (labels and dataset.facts.class_names) or ()
+    class_names = tuple(map(str, dataset.facts.class_names or ())) if labels else ()
+    _check_words((*names, *class_names))
+    coded = encode(kernels, values, classes=classes, advance=advance)
     header = Header(
         model=model_hash(chain, network),
         weights=recipe.weights,
@@ -84,16 +86,28 @@ def decompress(
     Raises `DataError` for a file of another model, and where what is decoded is not what was compressed.
     """
     header = file.header
-    if header.levels != chain.levels or header.model != model_hash(chain, network):
-        raise DataError(
-            "the file was compressed with another model: its weights, chain or levels are not those of this run"
-        )
+    if not fits(header, chain, network):
+        raise DataError(other_model(header))
     kernels = Kernels(chain, network)
     found = decode(kernels, file.payload, header.checks, header.shape, classes=classes, advance=advance)
     values = found.astype(header.dtype)
     if content_hash(values, header.labels, header.class_names, header.names) != header.content:
         raise DataError("what was decoded is not what was compressed: its hash differs")
     return dataset_of(header, values)
+
+
+def fits(header: Header, chain: GaussianDiffusion, network: nn.Module) -> bool:
+    """Whether this is the model that the file of ``header`` was compressed with."""
+    return header.levels == chain.levels and header.model == model_hash(chain, network)
+
+
+def other_model(header: Header) -> str:
+    """What is wrong where no model `fits`."""
+    again = ", or the run was calibrated again since" if header.calibrated else ""
+    return (
+        "the file was compressed with another model: its weights, chain or levels are not those of this run"
+        + again
+    )
 
 
 def dataset_of(header: Header, values: np.ndarray | None = None) -> Dataset:
@@ -103,6 +117,15 @@ def dataset_of(header: Header, values: np.ndarray | None = None) -> Dataset:
     labels = np.array(header.labels, np.int64) if header.labels else None
     facts = Facts(tuple(shape), header.levels, header.class_names or None, count)
     return Dataset(np.empty(0) if values is None else values, labels, names, facts)
+
+
+def _check_words(words: tuple[str, ...]) -> None:
+    """A file's name need not be UTF-8, the header is."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the name {word!r} is not UTF-8: rename it") from None
 
 
 def _check(values: np.ndarray, levels: int) -> None:

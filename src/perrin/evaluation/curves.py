@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
+from perrin.evaluation.plots import figure_of
 from perrin.evaluation.tables import Columns
 from perrin.files import written_aside
 
@@ -48,12 +49,8 @@ def plot_terms(curve: list[Term], path: Path) -> None:
 
     Noise grows to the right; a timestep without signal is left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [term for term in curve if isfinite(term.log_snr)]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(2)
     for place, panel in enumerate((_terms, _sums), start=1):
         axes = figure.add_subplot(1, 2, place)
         panel(axes, shown)

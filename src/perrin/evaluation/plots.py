@@ -10,8 +10,19 @@ from perrin.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+
+
+def figure_of(panels: int) -> Figure:
+    """An empty figure with room for so many ``panels`` side by side, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * max(1, panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_training(rows: Sequence[Row], path: Path) -> None:
@@ -20,14 +31,10 @@ def plot_training(rows: Sequence[Row], path: Path) -> None:
     ``rows`` are those of ``metrics.jsonl``: each has ``step``, and ``loss``, a mean over ``steps``, or
     ``held_out_bpd`` with its standard error. A panel without a figure to show is left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     losses = _full_windows([row for row in rows if row.get("loss") is not None])
     measured = [row for row in rows if row.get("held_out_bpd") is not None]
     panels = [panel for panel in ((_loss, losses), (_held_out, measured)) if panel[1]]
-    figure = Figure(figsize=(5.5 * max(1, len(panels)), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(len(panels))
     for place, (panel, found) in enumerate(panels, start=1):
         panel(figure.add_subplot(1, len(panels), place), found)
     with written_aside(path) as aside:

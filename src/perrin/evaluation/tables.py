@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from perrin.errors import ArgumentError
-from perrin.files import aside, written_aside
+from perrin.files import claim, written_aside
 
 Columns = Mapping[str, Sequence[int] | Sequence[str] | Sequence[float]]
 """Values of equal number by the column's name, in order; a float that is NaN is a value that is not known."""
@@ -33,9 +33,7 @@ def claim_table(path: Path, leading: Sequence[str]) -> None:
         raise ArgumentError(
             f"{path} exists and is no such table ({', '.join(leading)}, ...): choose another file"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside(path).touch()
-    aside(path).unlink()
+    claim(path)
 
 
 def write_table(path: Path, columns: Columns) -> None:

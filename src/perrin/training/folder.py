@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor
 from perrin.config import RunConfig, decode, differences, encode
 from perrin.data import Facts
 from perrin.errors import ConfigError, RunError
-from perrin.files import is_leftover, write_text
+from perrin.files import is_leftover, write_text, written_aside
 from perrin.training.checkpoint import Checkpoint, DamagedFileError, read_state, read_weights
 from perrin.training.metrics import MetricsLog
 from perrin.training.storage import clear_leftovers, new_directory, remove_directory
 
 _STEP = re.compile(r"step-(\d{8,})")
+_PINNED = "pinned"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,22 @@ class RunFolder:
         """The variances and timesteps that `perrin calibrate` found."""
         return self.path / "calibration.json"
 
+    def calibrations(self) -> list[Path]:
+        """The calibration, if there is one, and behind it those that were set aside."""
+        present = [self.calibration_path] if self.calibration_path.exists() else []
+        return present + sorted(self.path.glob("calibration-*.json"))
+
+    def keep_calibration(self, successor: str) -> Path | None:
+        """Copy the calibration, which files may need, before another ``successor`` takes its place; None if same."""
+        path = self.calibration_path
+        content = path.read_bytes() if path.exists() else b""
+        if not content or content == successor.encode():
+            return None
+        kept = path.with_stem(f"{path.stem}-{blake2b(content, digest_size=4).hexdigest()}")
+        with written_aside(kept) as hidden:
+            hidden.write_bytes(content)
+        return kept
+
     def report_path(self, suffix: str) -> Path:
         """What was reached, in words (``.md``) or figures (``.json``)."""
         return self.path / f"report{suffix}"
@@ -141,6 +159,15 @@ class RunFolder:
     def checkpoint_path(self, step: int) -> Path:
         """The folder of the checkpoint of ``step``."""
         return self._checkpoints_dir / _step_name(step)
+
+    def pin(self, step: int) -> None:
+        """Keep the checkpoint of ``step`` whatever is trained later. Raises `RunError` where it cannot."""
+        mark = self.checkpoint_path(step) / _PINNED
+        try:
+            if not mark.exists():
+                mark.touch()
+        except OSError as error:
+            raise RunError(f"{mark} cannot be written: {error.strerror}") from None
 
     def load_weights(
         self, step: int | None = None, weights: str | None = None
@@ -170,7 +197,7 @@ class RunFolder:
             raise self._damage(step, error) from None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then delete all but the newest ``keep``. Raises `RunError` where it cannot."""
+        """Write a checkpoint, then delete all but the newest ``keep`` and the pinned. `RunError` where it cannot."""
         target = self.checkpoint_path(checkpoint.step)
         if target.exists():
             raise RunError(f"{target} exists already: does another process train in {self.path}?")
@@ -180,7 +207,8 @@ class RunFolder:
             with new_directory(target) as hidden:
                 checkpoint.write(hidden)
             for step in self.checkpoints()[: -self.config.training.keep]:
-                remove_directory(self.checkpoint_path(step))
+                if not (self.checkpoint_path(step) / _PINNED).exists():
+                    remove_directory(self.checkpoint_path(step))
         except (OSError, SafetensorError) as error:
             raise RunError(f"{target}: the checkpoint cannot be written: {error}") from None
         return target
