@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": "find the variances and timesteps with which a run, as it is, has the best bound",
     "compress": "compress images or arrays losslessly with a run as the model",
     "decompress": "restore what compress wrote, bit for bit",
+    "anomaly": "score how unlike its training data each example is",
     "verify": "check samplers and likelihoods against closed forms on this machine",
     "inspect": "show what a run is: configuration, data, checkpoints, schedule, last metrics",
     "demo": "train, sample and measure a model of handwritten digits in about a minute",
