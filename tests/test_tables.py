@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from perrin.errors import ArgumentError
-from perrin.evaluation.curves import Term, columns_of, is_plot, plot_terms
 from perrin.evaluation.tables import claim_table, write_table
+from perrin.evaluation.term_curve import Term, columns_of, is_plot, plot_terms
 
 COLUMNS = {
     "index": [3, 5],

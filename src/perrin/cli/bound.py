@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from perrin.data import Dataset
-    from perrin.evaluation.curves import Term
+    from perrin.evaluation.term_curve import Term
     from perrin.likelihood import Bound, NoiseBands
 
 LEADING = ("index", "name", "bpd")
@@ -221,7 +221,7 @@ class Moments:
 
     def curve(self, model: Subject) -> list[Term]:
         """The terms by timestep."""
-        from perrin.evaluation.curves import Term
+        from perrin.evaluation.term_curve import Term
 
         chain, count = model.chain, self._count
         variance = self._squares / (count - 1) / count if count > 1 else self._squares * math.nan
@@ -250,8 +250,8 @@ class CurveFiles(NamedTuple):
 
     def claim(self) -> None:
         """Make sure, before a long measurement, that they overwrite nothing else. Raises `ArgumentError`."""
-        from perrin.evaluation.curves import COLUMNS, is_plot
         from perrin.evaluation.tables import claim_table
+        from perrin.evaluation.term_curve import COLUMNS, is_plot
 
         claim_table(self.table, COLUMNS)
         if self.plot.exists() and not is_plot(self.plot):
@@ -259,8 +259,8 @@ class CurveFiles(NamedTuple):
 
 
 def _write_curve(curve: list[Term], out: Path) -> list[str]:
-    from perrin.evaluation.curves import columns_of, plot_terms
     from perrin.evaluation.tables import write_table
+    from perrin.evaluation.term_curve import columns_of, plot_terms
 
     files = CurveFiles.beside(out)
     write_table(files.table, columns_of(curve))

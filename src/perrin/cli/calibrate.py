@@ -18,7 +18,7 @@ from perrin.errors import ArgumentError
 if TYPE_CHECKING:
     from perrin.build import Run
     from perrin.data import Dataset
-    from perrin.evaluation.curve import Cell
+    from perrin.evaluation.step_curve import Cell
     from perrin.likelihood.calibration import Calibration, Kind, Plan
     from perrin.likelihood.costs import Levels
     from perrin.likelihood.covariance import Covariance
@@ -136,7 +136,7 @@ class Calibrating:
     def figures(self) -> Figures:
         """Fit, compare on held-out examples, and write calibration, table and plot into the run's folder."""
         from perrin.build import run_data
-        from perrin.evaluation.curve import curve
+        from perrin.evaluation.step_curve import curve
         from perrin.likelihood.costs import rules
 
         started, run = time.monotonic(), self.subject.run
@@ -231,7 +231,7 @@ class Calibrating:
 
     def written(self, calibration: Calibration, cells: Sequence[Cell]) -> tuple[Path, Path, Path]:
         """The files in the run's folder: the calibration, the table and the plot of ``cells``."""
-        from perrin.evaluation.curve import columns_of, plot_curve
+        from perrin.evaluation.step_curve import columns_of, plot_curve
         from perrin.evaluation.tables import write_table
 
         path = self.subject.run.folder.calibration_path
@@ -273,7 +273,7 @@ def examples_to_fit(run: Run, own: Dataset, data: Dataset, count: int) -> list[i
 
 def better_kind(found: Fitted, seen: Statistics) -> Kind:
     """The variance for each state where it is at least as good on held-out examples, each at its own best K."""
-    from perrin.evaluation.curve import cell
+    from perrin.evaluation.step_curve import cell
     from perrin.likelihood.costs import rules
 
     if not seen.learned:
