@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from chains import chain
-from perrin import ModelMeanType, ModelVarType
+from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
 from perrin.errors import ArgumentError, RunError
+from perrin.gaussian import gaussian_log_likelihood
 from perrin.likelihood import bound
-from perrin.likelihood.calibration import Calibration, Fit, plan
+from perrin.likelihood.calibration import Calibration, Fit, plan, with_covariance
 from perrin.likelihood.costs import Levels, fitted_covariances, rules
+from perrin.likelihood.covariance import Covariance
 from perrin.likelihood.statistics import collect
 from perrin.oracles import arbitrary
 from perrin.variance import STATE_FLOOR, StateVariance
@@ -197,7 +199,7 @@ def test_a_variance_for_each_state_is_the_posteriors_and_what_is_unknown_of_the_
         "state_power": 0.5,
         "state_log_scale": math.log(0.3),
         "posterior_mean_coef1": 0.2,
-        "posterior_variance": 1e-3,
+        "state_least": 1e-3,
     }
     kept = extra.clone()
     found = StateVariance().log_variance(extra, tables.__getitem__)
@@ -205,3 +207,24 @@ def test_a_variance_for_each_state_is_the_posteriors_and_what_is_unknown_of_the_
     torch.testing.assert_close(found.exp(), 1e-3 + 0.04 * 0.3 * place.sqrt())
     torch.testing.assert_close(extra, kept)
     assert StateVariance().extra_channels == 1
+
+
+def test_a_decoder_never_stakes_all_on_one_level() -> None:
+    """Images in which no level is missed would make it so narrow that the first miss costs hundreds of bits."""
+    diffusion = GaussianDiffusion(betas=get_named_beta_schedule("linear", 4), levels=17)
+    sure = Covariance(torch.zeros(4), torch.full((4,), math.log(1e-12)))
+    chain = with_covariance(diffusion, sure, None, [0, 1, 2, 3])
+    levels = torch.linspace(-1, 1, 17, dtype=torch.float64)
+    log_scale = torch.tensor(0.5 * chain.floats["calibrated_log_variance"][0], dtype=torch.float64)
+    hit, missed = (
+        -float(
+            gaussian_log_likelihood(
+                levels[8:9], means=levels[place : place + 1], log_scales=log_scale, levels=17
+            )
+        )
+        / math.log(2)
+        for place in (8, 7)
+    )
+    assert hit < 2e-4
+    assert 10 < missed < 20
+    assert chain.floats["calibrated_variance"][1] == pytest.approx(diffusion.floats["posterior_variance"][1])

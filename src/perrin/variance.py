@@ -93,7 +93,8 @@ class StateVariance(LearnedVariance):
 
     Its place u between ``state_low`` and ``state_low + state_span``, at least `STATE_FLOOR`, gives
     ``log Var[x_0 | x_t] = state_power log u + state_log_scale``; the variance of the step is then
-    ``posterior_variance + posterior_mean_coef1^2 Var[x_0 | x_t]`` (arXiv:2206.07309, theorem 3).
+    ``state_least + posterior_mean_coef1^2 Var[x_0 | x_t]``, where ``state_least`` is the posterior variance
+    (arXiv:2206.07309, theorem 3) or the least of a decoder.
     """
 
     def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
@@ -103,6 +104,4 @@ class StateVariance(LearnedVariance):
         log_cov = affine(
             lookup("state_power"), place.clamp_(min=STATE_FLOOR).log_(), lookup("state_log_scale")
         )
-        return affine(
-            lookup("posterior_mean_coef1") ** 2, log_cov.exp_(), lookup("posterior_variance")
-        ).log_()
+        return affine(lookup("posterior_mean_coef1") ** 2, log_cov.exp_(), lookup("state_least")).log_()

@@ -18,7 +18,7 @@ from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, RunError
 from perrin.files import write_text
 from perrin.likelihood.costs import Levels, Rule, cost_matrix
-from perrin.likelihood.covariance import Covariance
+from perrin.likelihood.covariance import Covariance, least_decoder_variance
 from perrin.likelihood.predictions import place_range
 from perrin.likelihood.statistics import Statistics
 from perrin.likelihood.timesteps import MOST_STEPS, BestTimesteps
@@ -173,14 +173,16 @@ def with_covariance(
     With ``places``, low end and span of the network's variance output (T,), it is a variance for each state, and
     ``timesteps`` are those of the chain; else the network's variance output, if it has one, is not looked at.
     """
-    if places is not None:
-        low, span = (end[timesteps] for end in places)
-        tables = {"state_power": covariance.power, "state_log_scale": covariance.log_scale}
-        return chain.with_variance(StateVariance(), tables | {"state_low": low, "state_span": span})
     coef1, posterior = (
         torch.tensor(chain.floats[name], dtype=torch.float64)
         for name in ("posterior_mean_coef1", "posterior_variance")
     )
+    posterior[0] = least_decoder_variance(chain.levels)  # of the decoder, which has no posterior
+    if places is not None:
+        low, span = (end[timesteps] for end in places)
+        tables = {"state_power": covariance.power, "state_log_scale": covariance.log_scale}
+        tables["state_least"] = posterior
+        return chain.with_variance(StateVariance(), tables | {"state_low": low, "state_span": span})
     variance = posterior + coef1**2 * covariance.log_scale.exp()
     kind = FixedVariance("calibrated_variance", "calibrated_log_variance", chain.variance.extra_channels)
     tables = {"calibrated_variance": variance, "calibrated_log_variance": variance.log()}

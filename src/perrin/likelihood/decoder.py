@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from perrin.likelihood.covariance import Covariance, per_state, scalar
+from perrin.likelihood.covariance import Covariance, least_decoder_variance, per_state, scalar
 from perrin.likelihood.predictions import Histogram, Prediction
 
 FACTORS = tuple(1.1**i for i in range(-24, 25))
@@ -43,7 +43,7 @@ class FixedDecoder:
         t, self._t = self._t, self._t + 1
         places = places_or_one(found)
         return {
-            kind: found.decoder_nats(width.log_at(t, places), self._levels)
+            kind: found.decoder_nats(with_least(width.log_at(t, places), self._levels), self._levels)
             for kind, width in self._widths.items()
         }
 
@@ -83,7 +83,8 @@ class FittedDecoder:
 
         def cost(i: int) -> float:
             if i not in known:
-                known[i] = found.decoder_nats(log_variance + 2 * math.log(FACTORS[i]), self._levels)
+                wider = with_least(log_variance + 2 * math.log(FACTORS[i]), self._levels)
+                known[i] = found.decoder_nats(wider, self._levels)
             return float(known[i].mean())
 
         best = descend(cost, self._nearest.get(kind, len(FACTORS) // 2), len(FACTORS))
@@ -105,6 +106,16 @@ def descend(cost: Callable[[int], float], start: int, count: int) -> int:
         if best == start:
             return best
         start = best
+
+
+def with_least(log_variance: Tensor, levels: int | None) -> Tensor:
+    """``log_variance`` of a decoder's variance with the least one added."""
+    least = least_decoder_variance(levels)
+    return (
+        torch.logaddexp(log_variance, torch.full_like(log_variance, math.log(least)))
+        if least
+        else log_variance
+    )
 
 
 def places_or_one(found: Prediction) -> Tensor:
