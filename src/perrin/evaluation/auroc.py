@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from perrin.errors import ArgumentError
-from perrin.files import written_aside
+from perrin.evaluation.plots import figure_of, has_title, save_figure
 from perrin.randomness import seed_of
 
 TITLE = "Scores of the examples inside and outside"
@@ -64,11 +63,7 @@ def plot_groups(panels: Mapping[str, Sequence[Tensor]], path: Path) -> None:
 
     The axis ends at the 99th percentile of each group, beyond which values are drawn in the last bin.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(len(panels))
     for place, (name, groups) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
         values = [group.double().cpu().numpy() for group in groups]
@@ -81,14 +76,9 @@ def plot_groups(panels: Mapping[str, Sequence[Tensor]], path: Path) -> None:
             )
         axes.set(xlabel=name, ylabel="density")
         axes.legend()
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120, metadata={"Title": TITLE})
+    save_figure(figure, path, TITLE)
 
 
 def is_plot(path: Path) -> bool:
     """Whether ``path`` is a picture that `plot_groups` has drawn."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Title") == TITLE
-    except OSError:
-        return False
+    return has_title(path, TITLE)

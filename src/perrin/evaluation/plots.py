@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from perrin.files import written_aside
 
 if TYPE_CHECKING:
@@ -25,6 +27,21 @@ def figure_of(panels: int) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, path: Path, title: str) -> None:
+    """Write ``figure`` into the PNG at ``path``, with the ``title`` that `has_title` looks for."""
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=120, metadata={"Title": title})
+
+
+def has_title(path: Path, title: str) -> bool:
+    """Whether ``path`` is a picture that `save_figure` wrote with ``title``."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Title") == title
+    except OSError:
+        return False
+
+
 def plot_training(rows: Sequence[Row], path: Path) -> None:
     """Draw the loss and the held-out bits/dim against the step into the PNG at ``path``.
 
@@ -37,8 +54,7 @@ def plot_training(rows: Sequence[Row], path: Path) -> None:
     figure = figure_of(len(panels))
     for place, (panel, found) in enumerate(panels, start=1):
         panel(figure.add_subplot(1, len(panels), place), found)
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path, "perrin training")
 
 
 def _full_windows(rows: Sequence[Row]) -> Sequence[Row]:

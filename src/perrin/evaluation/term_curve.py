@@ -7,11 +7,8 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-
-from perrin.evaluation.plots import figure_of
+from perrin.evaluation.plots import figure_of, has_title, save_figure
 from perrin.evaluation.tables import Columns
-from perrin.files import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,17 +54,12 @@ def plot_terms(curve: list[Term], path: Path) -> None:
         axes.set(xlabel="log-SNR (noise grows to the right)")
         axes.invert_xaxis()
         axes.grid(alpha=0.3, which="both")
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png", dpi=120, metadata={"Title": TITLE})
+    save_figure(figure, path, TITLE)
 
 
 def is_plot(path: Path) -> bool:
     """Whether ``path`` is a picture that `plot_terms` has drawn."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Title") == TITLE
-    except OSError:
-        return False
+    return has_title(path, TITLE)
 
 
 def _terms(axes: Axes, curve: list[Term]) -> None:
