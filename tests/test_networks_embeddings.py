@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.networks import timestep_embedding
-from perrin.networks.embeddings import Conditioning, FourierFeatures
+from perrin.networks.embeddings import NO_CLASS, Conditioning, FourierFeatures
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,19 @@ def test_conditioning_adds_the_embedding_of_the_class_before_the_last_silu() -> 
     h = conditioning.time_in(timestep_embedding(t, conditioning.time_features))
     h = conditioning.time_out(torch.nn.functional.silu(h)) + conditioning.classes.weight[y]
     assert_close(conditioning(t, y, 2), torch.nn.functional.silu(h))
+
+
+def test_a_class_that_is_not_told_adds_nothing() -> None:
+    conditioning = Conditioning(8, 16, num_classes=3)
+    t = torch.tensor([4, 9])
+    alone = torch.nn.functional.silu(
+        conditioning.time_out(
+            torch.nn.functional.silu(conditioning.time_in(timestep_embedding(t, conditioning.time_features)))
+        )
+    )
+    told = conditioning(t, torch.tensor([NO_CLASS, 1]), 2)
+    assert_close(told[0], alone[0])
+    assert not torch.allclose(told[1], alone[1])
 
 
 def test_narrow_networks_still_see_the_time() -> None:

@@ -15,6 +15,7 @@ from perrin.data import Dataset, Facts
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ConfigError, DataError
 from perrin.losses import LossType
+from perrin.networks import NO_CLASS
 from perrin.schedules import get_named_beta_schedule
 from perrin.timestep_sampling import LossSecondMomentResampler, UniformSampler
 from perrin.training import RunFolder
@@ -181,6 +182,24 @@ def test_labels_are_those_of_the_images() -> None:
     assert batch.labels is not None
     assert batch.labels.tolist() == [label_of[tuple(row.tolist())] for row in batch.x_start.flatten(1)]
     assert draw(conditional=False).labels is None
+
+
+def test_a_share_of_the_labels_is_withheld_and_nothing_else_changes() -> None:
+    told, withheld = 0, 0
+    for step in range(20):
+        plain, some = draw(step, conditional=True), draw(step, conditional=True, label_drop=0.3)
+        assert plain.labels is not None
+        assert some.labels is not None
+        kept = some.labels != NO_CLASS
+        assert torch.equal(plain.labels[kept], some.labels[kept])
+        assert torch.equal(plain.noise, some.noise)
+        told, withheld = told + int(kept.sum()), withheld + int((~kept).sum())
+    assert withheld / (told + withheld) == pytest.approx(0.3, abs=4 * (0.21 / (told + withheld)) ** 0.5)
+
+
+def test_labels_are_withheld_from_conditional_networks_only() -> None:
+    with pytest.raises(ConfigError, match=r"label_drop = 0.1: needs data.conditional = true, got false"):
+        Batches(dataset(), config(label_drop=0.1), CPU)
 
 
 def test_classes_without_labels_and_flipped_vectors_are_refused() -> None:

@@ -157,6 +157,9 @@ class TrainingConfig:
     """Decay of AdamW's second moment."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
+    label_drop: Share = 0.0
+    """Share of the classes that are withheld, so that a conditional network learns to do without too: then samples
+    can be guided without a classifier."""
     ema: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999, 0.999)
     """Rates of the weight averages; the first one is sampled from and measured."""
     t_sampler: Literal["uniform", "stratified", "loss-second-moment", "stratified-importance"] = "stratified"

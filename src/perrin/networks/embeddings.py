@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from perrin.errors import ArgumentError, ShapeError
 
+NO_CLASS = -1
+"""The label of an example whose class a conditional network is not told."""
+
 MIN_TIME_FEATURES = 32
 """Fewest features of the time that a network sees, however narrow it is."""
 
@@ -28,7 +31,10 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class Conditioning(nn.Module):
-    """The embedding (B, width) of the time and, in a conditional network, of the class; it ends in a SiLU."""
+    """The embedding (B, width) of the time and, in a conditional network, of the class; it ends in a SiLU.
+
+    Where the label is `NO_CLASS`, nothing is added to the time's.
+    """
 
     def __init__(self, channels: int, width: int, num_classes: int | None) -> None:
         super().__init__()
@@ -46,7 +52,9 @@ class Conditioning(nn.Module):
         h = F.silu(self.time_in(features.to(self.time_in.weight.dtype)))
         embedding: Tensor = self.time_out(h)
         if self.classes is not None:
-            embedding = embedding + self.classes(self._labels(y, batch))
+            labels = self._labels(y, batch)
+            told = (labels != NO_CLASS).to(embedding.dtype)[:, None]
+            embedding = embedding + told * self.classes(labels.masked_fill(labels == NO_CLASS, 0))
         elif y is not None:
             raise ArgumentError("y must be None for a network without classes (num_classes=None), got labels")
         return F.silu(embedding)

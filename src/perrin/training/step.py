@@ -12,6 +12,7 @@ from perrin.config import RunConfig
 from perrin.data import Dataset, batch_indices, split
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ConfigError, DataError
+from perrin.networks import NO_CLASS
 from perrin.randomness import generator_for, seed_of
 from perrin.reverse import Model
 from perrin.timestep_sampling import TimestepSampler
@@ -26,7 +27,7 @@ class Draw(NamedTuple):
     x_start: Tensor
     """(B, *shape) in [-1, 1]."""
     labels: Tensor | None
-    """(B,) classes where the network is told them."""
+    """(B,) classes where the network is told them, `NO_CLASS` where it is not told this one."""
     t: Tensor
     weights: Tensor
     """(B,) importance weights of the timesteps ``t`` (B,)."""
@@ -40,6 +41,10 @@ def check_data(dataset: Dataset, config: RunConfig) -> None:
         raise DataError("data.conditional = true needs labels, and this data set has none")
     if config.data.flip and len(dataset.facts.shape) != 3:
         raise ConfigError(f"data.flip = true needs images, got vectors of shape {dataset.facts.shape}")
+    if config.training.label_drop > 0 and not config.data.conditional:
+        raise ConfigError(
+            f"training.label_drop = {config.training.label_drop}: needs data.conditional = true, got false"
+        )
     split(len(dataset), config.data.held_out)
 
 
@@ -61,7 +66,18 @@ class Batches:
         generator = generator_for(self.device, seed, RANK, step)
         t, weights = t_sampler.sample(size, self.device, generator)
         noise = torch.randn(x_start.shape, generator=generator, device=self.device)
-        return Draw(x_start, labels if self.config.data.conditional else None, t, weights, noise)
+        return Draw(x_start, self._told(labels, step), t, weights, noise)
+
+    def _told(self, labels: Tensor | None, step: int) -> Tensor | None:
+        """The classes that the network is told, some of them withheld (arXiv:2207.12598 alg. 1)."""
+        if labels is None or not self.config.data.conditional:
+            return None
+        share = self.config.training.label_drop
+        if not share:
+            return labels
+        generator = generator_for(self.device, self.config.training.seed, RANK, step, "label drop")
+        dropped = torch.rand(len(labels), generator=generator, device=labels.device) < share
+        return labels.masked_fill(dropped, NO_CLASS)
 
 
 def _flip(x: Tensor, generator: torch.Generator) -> Tensor:
