@@ -2,7 +2,7 @@
 Fashion-MNIST against MNIST.
 
 Typical are test images, atypical the other set's test images, or other test digits turned by 90 degrees; 10 network
-calls each, against a Gaussian of the run's own training images.
+calls each, against a mixture of Gaussians of the run's own training images.
 
     python benchmarks/anomaly.py --data DATA --mnist RUN --fashion RUN [-n 1000] [--reference-size 3000] [--json]
 

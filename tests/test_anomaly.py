@@ -12,14 +12,22 @@ from perrin.evaluation.anomaly import (
     BANDS_WEIGHT,
     LOG_SNRS,
     Errors,
-    Gaussian,
     Typical,
     errors,
-    shrunk_covariance,
     term_weights,
     visited,
 )
 from perrin.evaluation.auroc import AUROC, auroc, is_plot, plot_groups
+from perrin.evaluation.mixture import (
+    CLUSTER_SIZE,
+    MOST_AXES,
+    PARTITIONS,
+    SHARED_EXAMPLES,
+    Gaussian,
+    Mixture,
+    clusters,
+    shrunk_covariance,
+)
 from perrin.likelihood import bound
 from perrin.oracles import GaussianData, Oracle
 from perrin.schedules import log_snr_linear_betas
@@ -82,7 +90,7 @@ def test_the_histograms_are_drawn(tmp_path):
     assert is_plot(tmp_path / "x.png")
 
 
-# the Gaussian and its p-values
+# the densities and their p-values
 
 
 def test_the_covariance_is_shrunk_as_ledoit_and_wolf_say():
@@ -113,6 +121,58 @@ def test_a_distance_is_mahalanobis_and_1_on_average():
     x = normal(500, 5, seed=3)
     torch.testing.assert_close(gaussian.distance(x @ mix), x.square().mean(1), rtol=0.15, atol=0.02)
     assert gaussian.shrinkage < 0.05
+
+
+def blobs(count, *, seed, centres=(-9.0, 9.0), dim=6):
+    """Examples around as many centres on a diagonal, in turn, each with another spread: 1, 2, and so on."""
+    which = torch.arange(count) % len(centres)
+    middle = torch.tensor(centres, dtype=torch.float64)[which, None]
+    return middle + (1 + which[:, None]) * normal(count, dim, seed=seed), which
+
+
+def test_clusters_part_the_examples_and_find_those_that_are_apart():
+    x, which = blobs(200, seed=1)
+    members = clusters(x, 2, seed=0)
+    assert (members.sum(1) == 1).all()
+    assert torch.equal(members[:, members[0].int().argmax()], which == 0)
+    assert torch.equal(clusters(x, 2, seed=0), members)
+    assert clusters(torch.zeros(9, 2, dtype=torch.float64), 4, seed=0).shape == (9, 1)  # no empty ones
+
+
+def test_a_mixture_of_one_cluster_is_a_gaussian_drawn_to_itself():
+    mix = normal(5, 5, seed=4) + 2 * torch.eye(5, dtype=torch.float64)
+    x, other = normal(CLUSTER_SIZE, 5, seed=1) @ mix, normal(50, 5, seed=2) @ mix
+    away, centred = other - x.mean(0), x - x.mean(0)
+    squares = (away @ torch.linalg.inv(centred.T @ centred / len(x)) * away).sum(1) / 5
+    torch.testing.assert_close(Mixture.fit(x).distance(other), squares, rtol=1e-6, atol=1e-6)
+
+
+def test_the_distance_of_a_mixture_is_that_of_its_density():
+    x, which = blobs(2 * CLUSTER_SIZE, seed=1)
+    points, terms = blobs(40, seed=2)[0], []
+    own = [x[which == k] - x[which == k].mean(0) for k in (0, 1)]
+    within = sum(away.T @ away for away in own) / len(x)
+    for k, away in enumerate(own):
+        share = (away.T @ away + SHARED_EXAMPLES * within) / (len(away) + SHARED_EXAMPLES)
+        density = torch.distributions.MultivariateNormal(x[which == k].mean(0), share)
+        terms.append(density.log_prob(points))
+    unit = 3 * math.log(2 * math.pi) + float(torch.logdet(within)) / 2
+    expected = -2 * (torch.stack(terms).logsumexp(0) - math.log(2) + unit) / 6
+    torch.testing.assert_close(Mixture.fit(x).distance(points), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mixture_tells_what_lies_between_its_clusters_where_a_gaussian_cannot():
+    x, _ = blobs(4 * CLUSTER_SIZE, seed=1)
+    inside, between = blobs(100, seed=2)[0], normal(100, 6, seed=3)
+    assert auroc(Mixture.fit(x).distance(inside), Mixture.fit(x).distance(between)).low > 0.99
+    assert auroc(Gaussian.fit(x).distance(inside), Gaussian.fit(x).distance(between)).high < 0.3
+
+
+def test_a_mixture_has_a_cluster_per_so_many_examples_and_fewer_axes_than_examples():
+    many, few = Mixture.fit(normal(3 * CLUSTER_SIZE, 200)), Mixture.fit(normal(8, 200))
+    assert (many.axes.shape, len(many.shares)) == ((200, MOST_AXES), 3 * PARTITIONS)
+    assert (few.axes.shape, len(few.shares)) == ((200, 2), PARTITIONS)
+    assert float(many.shares.sum()) == pytest.approx(1)
 
 
 def test_the_score_adds_the_distance_of_the_bands_to_that_of_all():
@@ -151,7 +211,7 @@ def test_reference_examples_that_are_all_the_same_do_not_break_the_fit():
     diffusion = continuous()
     same = errors(diffusion, Oracle(GaussianData(), diffusion), torch.full((16, 1, 4, 4), 0.5))
     typical = Typical.fit(same, same)
-    torch.testing.assert_close(typical.score(same), torch.zeros(16, dtype=torch.float64))
+    torch.testing.assert_close(typical.score(same), typical.scores)
     torch.testing.assert_close(typical.p_values(typical.score(same)), torch.ones(16, dtype=torch.float64))
     other = errors(diffusion, Oracle(GaussianData(), diffusion), torch.full((1, 1, 4, 4), -0.5))
     assert float(typical.score(other)) > 1000
@@ -223,16 +283,22 @@ def test_a_network_is_called_10_times_for_each_example():
 
 
 @pytest.mark.parametrize(
-    ("shape", "cells"), [((1, 8, 8), 49), ((3, 5, 9), 3 * 35), ((2, 28, 28), 98), ((6,), 6), ((60,), 49)]
+    ("shape", "image", "cells"),
+    [
+        ((1, 8, 8), 64, 49),
+        ((3, 5, 9), 3 * 45, 3 * 35),
+        ((2, 28, 28), 2 * 196, 98),
+        ((6,), 6, 6),
+        ((60,), 60, 49),
+    ],
 )
-def test_features_are_the_bands_and_two_maps_of_each_timestep(shape, cells):
+def test_features_are_the_image_and_two_maps_of_each_timestep(shape, image, cells):
     diffusion = continuous()
     x = 0.5 * normal(3, *shape).float()
     found = errors(diffusion, Oracle(GaussianData(), diffusion), x)
     assert found.bands.shape == (3, 10)
-    assert found.features.shape == (3, 10 + 20 * cells)
+    assert found.features.shape == (3, image + 20 * cells)
     assert found.features.dtype == torch.float64
-    torch.testing.assert_close(found.features[:, :10], found.bands)
     assert found.bands[:, 0].max() < found.bands[:, -1].min()  # more noise, more error
 
 

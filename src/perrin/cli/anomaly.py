@@ -97,7 +97,8 @@ class Figures:
     ranked: int
     smallest_p: float
     """1 / (1 + ranked): no p-value is less."""
-    shrinkage: float
+    clusters: int
+    """Gaussians of the density that was fitted to the reference."""
     log_snrs: list[float]
     """Where the network was called."""
     network_calls: int
@@ -251,7 +252,7 @@ def measure(
         fitted=len(fitted.indices),
         ranked=len(ranked.indices),
         smallest_p=smallest,
-        shrinkage=typical.features.shrinkage,
+        clusters=len(typical.features.shares),
         log_snrs=log_snrs,
         network_calls=len(times),
         network_calls_total=calls.images,
@@ -345,7 +346,7 @@ def describe(figures: Figures) -> list[str]:
     levels = ", ".join(f"{log_snr:.1f}" for log_snr in figures.log_snrs)
     return [
         *lines,
-        f"score: distance of the errors at log-SNR {levels} from typical ones",
+        f"score: how unlikely the example and its errors at log-SNR {levels} are, beside typical ones",
         f"reference {figures.reference}: fitted to {figures.fitted} examples, p-values among {figures.ranked} others"
         f", smallest possible p {figures.smallest_p:.2g}",
         "the rough bound is from the same calls, with one noise for all, and biased: `perrin likelihood` is the "

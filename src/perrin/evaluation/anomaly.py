@@ -1,8 +1,8 @@
 """Anomaly scores: how unlike a model's training data an example is, from its errors at a few noise levels.
 
 The bound itself is no such score: it measures texture first, so that plain images of another kind are often the more
-likely ones. Here the errors at each noise level are compared with those of reference examples, one by one and
-together.
+likely ones. Here what a network gets wrong of an example, where and at which noise level, is compared together with
+the example itself to reference examples.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, DataError
+from perrin.evaluation.mixture import Gaussian, Mixture
 from perrin.forward import ForwardProcess
 from perrin.randomness import generator_for, normal_rows
 from perrin.reverse import Model, ModelKwargs
@@ -30,14 +31,12 @@ NEARLY = 1e-6
 """By how much a chain may end short of a level that it was made to end at."""
 GRID = 7
 """Cells per side of an image, or as many squared of a vector, over which errors are averaged."""
+IMAGE_GRID = 14
+"""The same for the example itself."""
 SMALLEST_ERROR = 1e-4
 """Squared error of x_0, to which all below is rounded: 1.3 of 256 levels."""
-SMALLEST_SPREAD = 1e-2
-"""Standard deviation below which a feature is not standardised further: it may be constant in the reference."""
 BANDS_WEIGHT = 0.2
-"""Of the distance of the bands in the score: on turned MNIST digits AUROC is the same from 0 to 0.2, then falls."""
-RIDGE = 1e-9
-"""Variance added to each standardised feature: reference examples may all be the same."""
+"""Of the distance of the bands in the score: on turned MNIST digits it adds 0.000 to 0.004 to the AUROC."""
 FEWEST = 8
 """Reference examples on either side of the fit."""
 
@@ -48,7 +47,7 @@ class Errors(NamedTuple):
     bands: Tensor
     """(B, S): log of the mean squared error of x_0 at each visited timestep."""
     features: Tensor
-    """(B, F): the bands; then errors and logs of squared errors, averaged over the cells of a grid."""
+    """(B, F): the example and its errors, averaged over the cells of a grid, and logs of root mean squares there."""
     rough_bpd: Tensor
     """(B,): a rough, biased estimate of the bound from the same calls, bits per dimension."""
 
@@ -102,10 +101,11 @@ def errors(
             maps.append(x_start - found["pred_xstart"])
             terms.append(found["output"].double().cpu())
     bands = torch.stack([_log(error.flatten(1).double().square().mean(1)) for error in maps], 1).cpu()
-    cells = [cell for error in maps for cell in (_pooled(error), _log(_pooled(error.square())))]
+    cells = [_pooled(x_start, IMAGE_GRID), *(_pooled(error, GRID) for error in maps)]
+    logs = [_log(_pooled(error.square(), GRID)) / 2 for error in maps]
     prior = diffusion.prior_bpd(x_start).double().cpu()
     rough = prior + torch.stack(terms, 1) @ term_weights(diffusion, times)
-    return Errors(bands, torch.cat([bands, *(cell.double().cpu() for cell in cells)], 1), rough)
+    return Errors(bands, torch.cat([*cells, *logs], 1).double().cpu(), rough)
 
 
 def _noise(diffusion: GaussianDiffusion, x_start: Tensor, t: int, seed: int) -> Tensor:
@@ -118,11 +118,11 @@ def _log(squares: Tensor) -> Tensor:
     return (squares + SMALLEST_ERROR).log()
 
 
-def _pooled(values: Tensor) -> Tensor:
-    """The means (B, cells) over a grid of at most `GRID` x `GRID` cells, of each channel."""
+def _pooled(values: Tensor, grid: int) -> Tensor:
+    """The means (B, cells) over a grid of at most ``grid`` x ``grid`` cells, of each channel."""
     if values.ndim == 2:
-        return adaptive_avg_pool1d(values[:, None], min(GRID**2, values.shape[1])).flatten(1)
-    height, width = (min(GRID, side) for side in values.shape[2:])
+        return adaptive_avg_pool1d(values[:, None], min(grid**2, values.shape[1])).flatten(1)
+    height, width = (min(grid, side) for side in values.shape[2:])
     return adaptive_avg_pool2d(values, (height, width)).flatten(1)
 
 
@@ -148,48 +148,17 @@ def term_weights(diffusion: ForwardProcess, times: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """A Gaussian of features, its correlations shrunk."""
-
-    mean: Tensor
-    """(F,)"""
-    spread: Tensor
-    """(F,): standard deviations, of at least `SMALLEST_SPREAD`."""
-    root: Tensor
-    """(F, F): the Cholesky factor of the shrunk correlations."""
-    shrinkage: float
-    """How far the correlations were drawn towards none, 0 to 1."""
-
-    @classmethod
-    def fit(cls, features: Tensor) -> Gaussian:
-        """The Gaussian of ``features`` (n, F)."""
-        mean, spread = features.mean(0), features.std(0).clamp(min=SMALLEST_SPREAD)
-        covariance, shrinkage = shrunk_covariance((features - mean) / spread)
-        ridge = RIDGE * torch.eye(len(covariance), dtype=covariance.dtype)
-        return cls(mean, spread, torch.linalg.cholesky(covariance + ridge), shrinkage)
-
-    def standardised(self, features: Tensor) -> Tensor:
-        """``features`` (B, F) in standard deviations from the mean."""
-        return (features - self.mean) / self.spread
-
-    def distance(self, features: Tensor) -> Tensor:
-        """The squared Mahalanobis distance per feature of (B, F), (B,): 1 on average where the fit is right."""
-        whitened = torch.linalg.solve_triangular(self.root, self.standardised(features).T, upper=False)
-        return torch.as_tensor(whitened).square().mean(0)
-
-
-@dataclass(frozen=True)
 class Typical:
-    """What is typical: Gaussians of reference errors, and the scores of other reference examples, not fitted."""
+    """What is typical: densities of reference errors, and the scores of other reference examples, not fitted."""
 
-    features: Gaussian
+    features: Mixture
     bands: Gaussian
     scores: Tensor
     """(n,) ascending: the examples among which p-values rank."""
 
     @classmethod
     def fit(cls, fitted: Errors, ranked: Errors) -> Typical:
-        """The Gaussians of the examples ``fitted``, and the scores of ``ranked``.
+        """The densities of the examples ``fitted``, and the scores of ``ranked``.
 
         Raises `DataError` for fewer than `FEWEST` examples of either.
         """
@@ -197,11 +166,11 @@ class Typical:
             if len(found.bands) < FEWEST:
                 count = len(found.bands)
                 raise DataError(f"at least {FEWEST} reference examples to {use} are needed, got {count}")
-        bare = cls(Gaussian.fit(fitted.features), Gaussian.fit(fitted.bands), fitted.rough_bpd.new_empty(0))
+        bare = cls(Mixture.fit(fitted.features), Gaussian.fit(fitted.bands), fitted.rough_bpd.new_empty(0))
         return replace(bare, scores=bare.score(ranked).sort().values)
 
     def score(self, found: Errors) -> Tensor:
-        """The distance of all features plus `BANDS_WEIGHT` that of the bands alone, (B,).
+        """The distance of the features plus `BANDS_WEIGHT` that of the bands, (B,).
 
         Of the features most are signed errors, of which an example quieter than is typical has less: the
         bands, which are logs, tell such examples too. Raises `ArgumentError` for errors that are not finite.
@@ -217,18 +186,3 @@ class Typical:
         """
         count = len(self.scores)
         return (1 + count - torch.searchsorted(self.scores, scores)).double() / (1 + count)
-
-
-def shrunk_covariance(centred: Tensor) -> tuple[Tensor, float]:
-    """The covariance (F, F) of ``centred`` (n, F), mixed with a multiple of the identity, and the share of that.
-
-    Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), lemma 3.2 to
-    3.4: the share that is best in the mean square is itself estimated.
-    """
-    count, size = centred.shape
-    sample = centred.T @ centred / count
-    level = sample.trace() / size
-    away = (sample - level * torch.eye(size, dtype=sample.dtype)).square().sum()
-    noise = (centred.square().sum(1).square().mean() - sample.square().sum()) / count
-    share = float((noise / away).clamp(0, 1)) if away > 0 else 1.0
-    return (1 - share) * sample + share * level * torch.eye(size, dtype=sample.dtype), share
