@@ -117,7 +117,7 @@ def perrin_steps(setting: Setting, sampler: Sampler) -> Loop:
     def loop() -> int:
         x = setting.x
         for t, s in pairs:
-            x = sampler.step(denoise, x, t, s, draw)["sample"]
+            x = sampler.step(denoise, x, t, s, draw).sample
         return STEPS
 
     return loop

@@ -16,7 +16,7 @@ from perrin.likelihood.dequantization import TruncatedNormal, Uniform
 from perrin.likelihood.flow import Exact, Flow, Hutchinson
 from perrin.likelihood.timesteps import BestTimesteps
 from perrin.reverse import ReverseProcess
-from perrin.samplers import SamplerDDIM, ddim
+from perrin.samplers import SamplerDDIM, SamplerDEIS, bdia, ddim, heun, ipndm, multistep
 from perrin.variance import VARIANCES, FixedVariance, ModelVarType, RangedVariance
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -137,8 +137,10 @@ def variance_for_deviation_in_ddim(patch: pytest.MonkeyPatch) -> None:
 def ddim_keeps_too_much(patch: pytest.MonkeyPatch) -> None:
     original = SamplerDDIM.step
 
-    def step(self: SamplerDDIM, denoise: object, x: Tensor, t: object, s: object, draw: object) -> object:
-        return original(self, denoise, 1.001 * x, t, s, draw)
+    def step(
+        self: SamplerDDIM, denoise: object, x: Tensor, t: object, s: object, draw: object, memory: object
+    ) -> object:
+        return original(self, denoise, 1.001 * x, t, s, draw, memory)
 
     patch.setattr(SamplerDDIM, "step", step)
 
@@ -243,6 +245,27 @@ def even_for_best(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BestTimesteps, "timesteps", even)
 
 
+def nothing_extrapolated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(multistep, "mean_weights", lambda visited, now, then: [1.0, *[0.0] * (len(visited) - 1)])
+
+
+def no_second_slope(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(heun, "weighted", lambda tensors, weights: tensors[0])
+
+
+def slopes_of_another_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ipndm, "ADAMS_BASHFORTH", ((1.0,), (1.2, -0.2), (1.2, -0.2, 0.0), (1.2, -0.2, 0.0, 0.0)))
+
+
+def moments_of_the_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SamplerDEIS, "_moments", lambda self, *step: [1.0] * self.order)
+
+
+def leap_too_short(patch: pytest.MonkeyPatch) -> None:
+    original = bdia._ddim
+    patch.setattr(bdia, "_ddim", lambda denoised, level: 0.99 * original(denoised, level))
+
+
 FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
     (wrong_schedule, ("schedule: *",)),
     (wrong_noising, ("forward: noising",)),
@@ -268,8 +291,18 @@ FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
     (variance_for_deviation_in_ddim, ("ddim: eta 0.5, variance", "ddim: eta 1, variance")),
     (
         ddim_keeps_too_much,
-        ("ddim: eta *, mean", "ddim: eta 0, variance", "ddim: order", "ddim: round trip, order"),
+        (
+            "ddim: eta *, mean",
+            "ddim: eta 0, variance",
+            "ddim: order",
+            "ddim: round trip, order",
+        ),
     ),
+    (nothing_extrapolated, ("solver: order of dpm*", "solver: order of unipc*")),
+    (no_second_slope, ("solver: order of heun",)),
+    (slopes_of_another_order, ("solver: order of ipndm",)),
+    (moments_of_the_end, ("solver: order of deis",)),
+    (leap_too_short, ("solver: order of bdia",)),
     (inversion_stops_early, ("ddim: inversion, order", "ddim: round trip, order")),
     (noise_of_the_batch, ("seeded: *another batch size",)),
     (noise_too_large, ("seeded: *, variance",)),

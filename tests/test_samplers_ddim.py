@@ -170,7 +170,7 @@ def test_float32_steps_near_the_data_move_as_float64_ones(schedule: str) -> None
                 t - 1,
                 lambda: torch.zeros(1, 1),
             )
-            moves.append(float(step["sample"]))
+            moves.append(float(step.sample))
         assert moves[0] == pytest.approx(moves[1], rel=1e-5)  # coefficients from float32 tables: 1e-3
 
 
@@ -207,7 +207,7 @@ def test_single_steps_with_mixed_times_equal_the_loop(mean_type: ModelMeanType, 
     denoise = sampler.denoiser(arbitrary(1))
     for i, (t, s) in enumerate(zip(sampler.times[-2::-1], sampler.times[:0:-1], strict=True)):
         whole = sampler.step(denoise, x[i : i + 1], t, s, lambda i=i: noise[i : i + 1])
-        for key, value in whole.items():
+        for key, value in whole.state.items():
             torch.testing.assert_close(mixed[key][i : i + 1], value, rtol=1e-10, atol=1e-10)
 
 

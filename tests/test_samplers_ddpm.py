@@ -106,7 +106,7 @@ def test_single_steps_with_mixed_times_equal_the_loop(
     denoise = sampler.denoiser(network)
     for i, (t, s) in enumerate(zip(sampler.times[-2::-1], sampler.times[:0:-1], strict=True)):
         whole = sampler.step(denoise, x[i : i + 1], t, s, lambda i=i: noise[i : i + 1])
-        for key, value in whole.items():
+        for key, value in whole.state.items():
             torch.testing.assert_close(mixed[key][i : i + 1], value, rtol=1e-9, atol=1e-9)
 
 

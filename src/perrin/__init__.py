@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from perrin.learned import LearnedGaussianDiffusion as LearnedGaussianDiffusion
     from perrin.losses import LossType as LossType
     from perrin.networks import MLP as MLP
+    from perrin.networks import Encoder as Encoder
     from perrin.networks import UNet as UNet
     from perrin.parameterization import ModelMeanType as ModelMeanType
+    from perrin.samplers import SamplerBDIA as SamplerBDIA
     from perrin.samplers import SamplerDDIM as SamplerDDIM
     from perrin.samplers import SamplerDDPM as SamplerDDPM
+    from perrin.samplers import SamplerDEIS as SamplerDEIS
+    from perrin.samplers import SamplerDPM as SamplerDPM
+    from perrin.samplers import SamplerHeun as SamplerHeun
+    from perrin.samplers import SamplerIPNDM as SamplerIPNDM
+    from perrin.samplers import SamplerUniPC as SamplerUniPC
     from perrin.schedules import get_named_beta_schedule as get_named_beta_schedule
     from perrin.schedules import space_timesteps as space_timesteps
     from perrin.tensors import mean_flat as mean_flat
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Encoder": "networks",
     "GaussianDiffusion": "diffusion",
     "LearnedGaussianDiffusion": "learned",
     "LossSecondMomentResampler": "timestep_sampling",
@@ -37,8 +45,14 @@ _HOMES = {
     "MLP": "networks",
     "ModelMeanType": "parameterization",
     "ModelVarType": "variance",
+    "SamplerBDIA": "samplers",
     "SamplerDDIM": "samplers",
     "SamplerDDPM": "samplers",
+    "SamplerDEIS": "samplers",
+    "SamplerDPM": "samplers",
+    "SamplerHeun": "samplers",
+    "SamplerIPNDM": "samplers",
+    "SamplerUniPC": "samplers",
     "StratifiedImportanceSampler": "timestep_sampling",
     "StratifiedSampler": "timestep_sampling",
     "UNet": "networks",

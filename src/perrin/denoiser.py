@@ -37,6 +37,19 @@ class Denoiser(Protocol):
         ...
 
 
+class Guidable(Denoiser, Protocol):
+    """A denoiser whose prediction can still be changed, before it is thresholded and clipped."""
+
+    @property
+    def base(self) -> DiffusionDenoiser:
+        """The diffusion and the network beneath all guidance."""
+        ...
+
+    def raw(self, x: Tensor, t: Time) -> Denoised:
+        """x_start and eps for ``x`` (B, ...) at time ``t``, before ``denoised_fn`` and clipping."""
+        ...
+
+
 @dataclass(frozen=True)
 class DiffusionDenoiser:
     """A diffusion and a network as a denoiser.
@@ -49,6 +62,11 @@ class DiffusionDenoiser:
     clip_denoised: bool = True
     denoised_fn: Callable[[Tensor], Tensor] | None = None
     model_kwargs: ModelKwargs = None
+
+    @property
+    def base(self) -> DiffusionDenoiser:
+        """Itself."""
+        return self
 
     def __call__(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``."""

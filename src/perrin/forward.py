@@ -7,6 +7,7 @@ as a (B,) integer tensor, or as one int for the whole batch, which costs no look
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -70,6 +71,23 @@ class ForwardProcess(Tables):
             alpha = self.number("sqrt_alphas_cumprod", before)
             return Level(alpha, self.floats["sqrt_one_minus_alphas_cumprod"][before])
         return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)
+
+    def log_snr(self, t: int) -> float:
+        """log(alpha^2 / sigma^2) at the timestep ``t``, in nats; -inf where there is no signal."""
+        return self.number("log_alphas_cumprod", t) - self.floats["log_one_minus_alphas_cumprod"][t]
+
+    def time_of(self, log_snr: float) -> float:
+        """The time, whole or fractional, of the level with this log-SNR: the inverse of `level_of_batch`.
+
+        Raises `ArgumentError` for a log-SNR that is not between those of the last timestep and of the first.
+        """
+        last = self.num_timesteps - 1
+        if not self.log_snr(last) <= log_snr <= self.log_snr(0):
+            expected = f"from {self.log_snr(last):g} to {self.log_snr(0):g}"
+            raise ArgumentError(f"log_snr must be {expected}, got {log_snr:g}")
+        before = bisect_right(range(self.num_timesteps), -log_snr, key=lambda t: -self.log_snr(t)) - 1
+        value = self.log_snr(before)
+        return before if value == log_snr else before + (value - log_snr) / (value - self.log_snr(before + 1))
 
     def check_times(self, t: Tensor, x: Tensor) -> None:
         """Raise `ShapeError` or `ArgumentError` unless ``t`` is (B,) integers, in 0..T - 1 where looking is free."""

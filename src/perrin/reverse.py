@@ -115,6 +115,11 @@ class ReverseProcess(ForwardProcess):
         chain.variance = variance
         return chain.to(self.betas.device)
 
+    @property
+    def knows_fractional_times(self) -> bool:
+        """Whether an output can be read between two timesteps; the mean of a step of the chain cannot."""
+        return self.model_mean_type is not ModelMeanType.PREVIOUS_X
+
     def output_channels(self, channels: int) -> int:
         """How many channels the network must give for ``channels`` data channels: as many, or twice that."""
         return channels * (1 + self.variance.extra_channels)
@@ -180,7 +185,7 @@ class ReverseProcess(ForwardProcess):
         """The two terms whose sum is x_start or eps."""
         if not isinstance(t, float):
             return self.at(name + "_out", t, x), mean, self.at(name + "_x", t, x), x
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+        if not self.knows_fractional_times:
             raise ArgumentError(f"a PREVIOUS_X network knows whole timesteps only, got t = {t}")
         alpha, sigma = self.level(t, x)
         pair = output_pair(self.model_mean_type, alpha, sigma, (0.0, 0.0))

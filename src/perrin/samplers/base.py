@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypedDict
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from perrin.denoiser import Denoiser, DiffusionDenoiser, Time
+from perrin.denoiser import Denoiser, DiffusionDenoiser, Guidable, Time
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import noise_like, with_shape
-from perrin.guidance import ScoreGuided
+from perrin.guidance import Guidance, ScoreGuided
 from perrin.noise import CLEAN
+from perrin.parameterization import Denoised
 from perrin.randomness import generator_for, normal_rows
 from perrin.reverse import CondFn, Model, ModelKwargs
-from perrin.schedules import space_timesteps
+from perrin.samplers.grids import Grid, grid_times
 from perrin.tensors import append_dims
 
 Draw = Callable[[], Tensor]
-NoiseFn = Callable[[Tensor, int], Tensor]
+NoiseFn = Callable[[Tensor, float], Tensor]
 
 
 class Sample(TypedDict):
@@ -32,6 +33,31 @@ class Sample(TypedDict):
 
     sample: Tensor
     pred_xstart: Tensor
+
+
+class Visit(NamedTuple):
+    """One call of the denoiser: the state that it was shown, when, and what it said."""
+
+    t: Time
+    x: Tensor
+    denoised: Denoised
+
+
+Memory = tuple[Visit, ...]
+"""What a multistep rule knows of earlier visits, the newest first."""
+
+
+class Stepped(NamedTuple):
+    """What a step gives: the next x, the x_0 that was predicted on the way, and what the next step is to know."""
+
+    sample: Tensor
+    pred_xstart: Tensor
+    memory: Memory = ()
+
+    @property
+    def state(self) -> Sample:
+        """Without the memory."""
+        return {"sample": self.sample, "pred_xstart": self.pred_xstart}
 
 
 class SampleNoise:
@@ -52,7 +78,7 @@ class SampleNoise:
         self._generators = [generator_for(device, "sample", *key) for key in self.keys]
         return self(torch.empty(tuple(shape), device=device))
 
-    def __call__(self, x: Tensor, t: int = CLEAN) -> Tensor:
+    def __call__(self, x: Tensor, t: float = CLEAN) -> Tensor:
         """The next noise, shaped like ``x``."""
         return normal_rows(x, self._generators)
 
@@ -61,28 +87,58 @@ class SampleNoise:
 class Sampler(ABC):
     """Draws data by walking a diffusion back in ``steps`` steps, all of its timesteps if None.
 
-    Raises `ArgumentError` unless 1 <= steps <= T.
+    ``grid`` says where they lie, see `grid_times`. Raises `ArgumentError` unless 1 <= steps <= T, or for a grid that
+    there is not.
     """
 
     diffusion: GaussianDiffusion
     steps: int | None = None
+    grid: Grid = field(default="uniform", kw_only=True)
+
+    discrete: ClassVar[bool] = False
+    """Whether the rule is that of a chain, which has whole times only."""
 
     def __post_init__(self) -> None:
-        steps = self.diffusion.num_timesteps if self.steps is None else self.steps
-        if steps != int(steps) or not 1 <= steps <= self.diffusion.num_timesteps:
-            raise ArgumentError(f"steps must be from 1 to {self.diffusion.num_timesteps}, got {self.steps}")
+        _ = self.times
 
     @cached_property
-    def times(self) -> tuple[int, ...]:
+    def times(self) -> tuple[float, ...]:
         """The times visited, from the noisiest down, and CLEAN at the end."""
-        total = self.diffusion.num_timesteps
-        return (*sorted(space_timesteps(total, self.steps or total), reverse=True), CLEAN)
+        whole = self.discrete or not self.diffusion.knows_fractional_times
+        return (*grid_times(self.diffusion, self.grid, self.steps, whole=whole), CLEAN)
+
+    @property
+    def convergence_order(self) -> int | None:
+        """The p of an error of the samples that falls as K^-p; None for a rule that is no ODE's or SDE's solver."""
+        return None
+
+    @property
+    def network_calls(self) -> int:
+        """How often the network is called for one batch of samples, without guidance."""
+        return len(self.times) - 1
+
+    def below(self, t: float) -> Self:
+        """This sampler from the first of its times on that is at most ``t``, for data noised to that time.
+
+        Raises `ArgumentError` where there is none.
+        """
+        kept = [time for time in self.times[:-1] if time <= t]
+        if not kept:
+            raise ArgumentError(
+                f"t must be at least {self.times[-2]}, the last of the sampler's times, got {t}"
+            )
+        return replace(self, steps=None, grid=kept)
 
     @abstractmethod
-    def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
-        """From ``x`` at time ``t`` to the earlier time ``s``; ``draw`` gives noise shaped like ``x``."""
+    def step(
+        self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw, memory: Memory = ()
+    ) -> Stepped:
+        """From ``x`` at time ``t`` to the earlier time ``s``; ``draw`` gives noise shaped like ``x``.
 
-    def guide(self, denoiser: DiffusionDenoiser, cond_fn: CondFn) -> Denoiser:
+        ``memory`` is what the step before gave, if there was one.
+        """
+
+    def guide(self, denoiser: Guidable, cond_fn: CondFn) -> Guidable:
         """``denoiser`` guided by a classifier's gradient, as suits the step rule."""
         return ScoreGuided(denoiser, cond_fn)
 
@@ -93,10 +149,15 @@ class Sampler(ABC):
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs = None,
+        guidance: Sequence[Guidance] = (),
     ) -> Denoiser:
         """The denoiser that this sampler's steps see."""
-        plain = DiffusionDenoiser(self.diffusion, model, clip_denoised, denoised_fn, model_kwargs)
-        return plain if cond_fn is None else self.guide(plain, cond_fn)
+        denoiser: Guidable = DiffusionDenoiser(
+            self.diffusion, model, clip_denoised, denoised_fn, model_kwargs
+        )
+        for guided in guidance:
+            denoiser = guided(denoiser)
+        return denoiser if cond_fn is None else self.guide(denoiser, cond_fn)
 
     def sample(
         self,
@@ -112,6 +173,7 @@ class Sampler(ABC):
         progress: bool = False,
         seed: int | None = None,
         noise_fn: NoiseFn | None = None,
+        guidance: Sequence[Guidance] = (),
     ) -> Tensor:
         """Samples of ``shape`` (B, ...).
 
@@ -119,7 +181,8 @@ class Sampler(ABC):
         ``denoised_fn``. ``cond_fn(x, t, **model_kwargs)`` is a gradient of log p(y | x_t). ``device`` defaults to
         that of ``noise``, else of the model's parameters, else of the diffusion. ``progress`` shows a bar.
         With ``seed``, sample i is the same for any batch size; without, a seed comes from torch's default
-        generator. ``noise_fn(x, t)`` replaces the noise of the steps: called once each, in order.
+        generator. ``noise_fn(x, t)`` replaces the noise of the steps: called once each, in order. ``guidance`` is
+        applied in order, the first to the network itself; see `perrin.guidance`.
 
         Raises `ShapeError` if ``noise`` is not of ``shape``.
         """
@@ -136,6 +199,7 @@ class Sampler(ABC):
             progress=progress,
             seed=seed,
             noise_fn=noise_fn,
+            guidance=guidance,
         ):
             sample = state["sample"]
         return sample
@@ -154,24 +218,28 @@ class Sampler(ABC):
         progress: bool = False,
         seed: int | None = None,
         noise_fn: NoiseFn | None = None,
+        guidance: Sequence[Guidance] = (),
     ) -> Iterator[Sample]:
         """The states of `sample`, with the same arguments: one after each step."""
-        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
         seeded = SampleNoise(_fresh_seed() if seed is None else seed, range(shape[0]))
         start = seeded.initial(shape, _device(device, noise, model, self.diffusion))
         x = start if noise is None else with_shape(noise, start).to(start.device)
+        memory: Memory = ()
         for t, s in _shown(list(pairwise(self.times)), progress):
             given = None if noise_fn is None else noise_like(x, noise_fn(x, t))
             with torch.no_grad():
-                state = self.step(denoise, x, t, s, _draw(x, given, seeded))
-            yield state
-            x = state["sample"]
+                x, pred_xstart, memory = self.step(denoise, x, t, s, _draw(x, given, seeded), memory)
+            yield {"sample": x, "pred_xstart": pred_xstart}
 
     def times_at(self, t: Tensor, ndim: int, later: int = 0) -> Tensor:
         """The times of the chain's steps ``t`` (B,), or ``later`` steps up, shaped to broadcast; -1 is CLEAN.
 
-        Raises `ArgumentError` unless 0 <= t < steps, where looking is free: on the CPU.
+        Raises `ArgumentError` for a grid with fractional times, of which single steps know none, and unless
+        0 <= t < steps, where looking is free: on the CPU.
         """
+        if any(time != int(time) for time in self.times):
+            raise ArgumentError(f"a single step needs a grid of whole times, got {self.grid!r}")
         if t.device.type == "cpu" and not bool(((t >= 0) & (t < len(self.times) - 1)).all()):
             raise ArgumentError(f"t must be from 0 to {len(self.times) - 2}, got {t.tolist()}")
         ascending = self._ascending.setdefault(t.device, torch.tensor(self.times[::-1], device=t.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -14,9 +14,10 @@ from torch import Tensor
 from perrin.denoiser import Denoiser, Time
 from perrin.errors import ArgumentError
 from perrin.forward import noise_like
+from perrin.guidance import Guidance
 from perrin.noise import CLEAN, Level
 from perrin.reverse import CondFn, Model, ModelKwargs
-from perrin.samplers.base import Draw, Sample, Sampler
+from perrin.samplers.base import Draw, Memory, Sample, Sampler, Stepped
 from perrin.tensors import Coefficient, gather, mean_flat, mix, root, widest_dtype
 
 
@@ -38,12 +39,19 @@ class SamplerDDIM(Sampler):
 
     eta: float = 0.0
 
+    @property
+    def convergence_order(self) -> int:
+        """The p of an error that falls as K^-p."""
+        return 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.eta <= 1:
             raise ArgumentError(f"eta must be from 0 to 1, got {self.eta}")
 
-    def step(self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw) -> Sample:
+    def step(
+        self, denoise: Denoiser, x: Tensor, t: Time, s: Time, draw: Draw, memory: Memory = ()
+    ) -> Stepped:
         """From ``x`` at time ``t`` to the earlier time ``s``."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoise.schedule(t), denoise.schedule(s)
         x_start = denoise(x, t).x_start
@@ -54,7 +62,7 @@ class SamplerDDIM(Sampler):
         sample = mix(kept, x, alpha_s - kept * alpha_t, x_start)  # DDIM eq. 12, eps by x and x_start
         if self.eta > 0 and not (isinstance(s, int) and s == CLEAN):
             sample = mix(1.0, sample, std, draw())
-        return {"sample": sample, "pred_xstart": x_start}
+        return Stepped(sample, x_start)
 
     def ddim_sample(
         self,
@@ -71,7 +79,7 @@ class SamplerDDIM(Sampler):
         """One step from ``x`` at the chain's steps ``t`` (B,), 0 <= t < steps; the arguments of `sample`."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         now, next_time = self.times_at(t, x.ndim), self.times_at(t, x.ndim, later=-1)
-        return self.step(denoise, x, now, next_time, lambda: noise_like(x, noise))
+        return self.step(denoise, x, now, next_time, lambda: noise_like(x, noise)).state
 
     def ddim_reverse_sample(
         self,
@@ -114,13 +122,16 @@ class SamplerDDIM(Sampler):
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs = None,
+        guidance: Sequence[Guidance] = (),
     ) -> Tensor:
         """The x_T that deterministic sampling brings back to ``x_start`` (B, ...), up to an error O(1 / steps).
+
+        Naive: each step up takes the eps of where it starts; `perrin.samplers.inversion.FixedPoint` does better.
 
         Nothing is clipped unless asked. `round_trip` measures the error. Raises `ArgumentError` unless eta is 0.
         """
         self._check_deterministic()
-        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
         x = x_start
         for s, t in pairwise(self.times[::-1]):
             (alpha_s, sigma_s), (alpha_t, sigma_t) = denoise.schedule(s), denoise.schedule(t)
@@ -138,10 +149,16 @@ class SamplerDDIM(Sampler):
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: CondFn | None = None,
         model_kwargs: ModelKwargs = None,
+        guidance: Sequence[Guidance] = (),
     ) -> RoundTrip:
         """``x_start`` inverted and sampled again, nothing clipped, with the error; twice ``steps`` network calls."""
         noise = self.invert(
-            model, x_start, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs
+            model,
+            x_start,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            guidance=guidance,
         )
         sample = self.sample(
             model,
@@ -151,6 +168,7 @@ class SamplerDDIM(Sampler):
             denoised_fn=denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
+            guidance=guidance,
         )
         return RoundTrip(noise, sample, mean_flat((sample - x_start) ** 2).sqrt())
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from perrin.errors import ArgumentError
-from perrin.evaluation.verify import bounds, calibrations, flows, process, sampling
+from perrin.evaluation.verify import bounds, calibrations, flows, process, sampling, solvers
 from perrin.evaluation.verify.bench import Bench, Check, Finding
 
 CHECKS: Mapping[str, Check] = {
     **process.CHECKS,
     **sampling.CHECKS,
+    **solvers.CHECKS,
     **bounds.CHECKS,
     **flows.CHECKS,
     **calibrations.CHECKS,

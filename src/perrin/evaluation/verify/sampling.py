@@ -72,7 +72,7 @@ def ancestral(
     diffusion = bench.chain(var_type, mean_type=mean_type)
     sampler = SamplerDDPM(diffusion, STEPS)
     extras: dict[ModelVarType, Callable[[Tensor, Tensor], Tensor]] = {
-        ModelVarType.LEARNED: OptimalVariance(DATA, diffusion, sampler.times[-2::-1]),
+        ModelVarType.LEARNED: OptimalVariance(DATA, diffusion, [int(t) for t in sampler.times[-2::-1]]),
         ModelVarType.LEARNED_RANGE: lambda x, t: torch.full_like(x, SHARE),
     }
     found = moments(bench, sampler, Oracle(DATA, diffusion, extras.get(var_type)))
@@ -94,7 +94,7 @@ def moments(bench: Bench, sampler: Sampler, network: Oracle) -> tuple[float, flo
     times = sampler.times[:-1]
     noises = torch.eye(len(times) + 2)[:, 1:]  # (K + 2, 1 + K): none, x_T, that of the first step, ...
 
-    def noise_fn(x: Tensor, t: int) -> Tensor:
+    def noise_fn(x: Tensor, t: float) -> Tensor:
         return bench.tensor(noises[:, 1 + times.index(t), None])
 
     start = bench.tensor(noises[:, :1])
@@ -104,11 +104,11 @@ def moments(bench: Bench, sampler: Sampler, network: Oracle) -> tuple[float, flo
 
 
 def expected_moments(
-    times: tuple[int, ...], step_variance: StepVariance, *, ddim: bool
+    times: tuple[float, ...], step_variance: StepVariance, *, ddim: bool
 ) -> tuple[float, float]:
     """Mean and variance after steps along ``times``, from x_T ~ N(0, 1)."""
     levels, mean, variance = levels_of(), 0.0, 1.0
-    for t, s in pairwise(times):
+    for t, s in pairwise(map(int, times)):
         (alpha, sigma), (alpha_s, sigma_s) = levels[t], levels[s]
         _, small = variance_between(levels[t], levels[s])
         added = 0.0 if s == -1 else step_variance(levels[t], levels[s])
