@@ -104,7 +104,7 @@ def test_an_interrupted_command_goes_on_where_it_stopped(run, tmp_path, capsys, 
 def _interrupt_after(count, monkeypatch):
     from perrin.samplers import SamplerDDIM
 
-    original, calls = SamplerDDIM.sample, []
+    original, calls = SamplerDDIM.sample_progressive, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -112,7 +112,7 @@ def _interrupt_after(count, monkeypatch):
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(SamplerDDIM, "sample", interrupted)
+    monkeypatch.setattr(SamplerDDIM, "sample_progressive", interrupted)
 
 
 def test_more_samples_can_be_asked_for_later(run, tmp_path, capsys):

@@ -22,7 +22,7 @@ def test_moments_are_those_of_the_rows() -> None:
     found = moments(features)
     np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(0))
     np.testing.assert_allclose(found.covariance, np.cov(features.astype(np.float64).T))
-    assert found.count == 50
+    assert found.n == 50
     assert found.mean.dtype == np.float64
 
 

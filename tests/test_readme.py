@@ -36,18 +36,24 @@ def photos(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+    for i in range(40):
+        path = tmp_path / "birds" / ("heron", "stork")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 SHORTER = {
     "train": {"20000": "2"},
-    "sample": {"64": "4"},
+    "sample": {"64": "4", "15": "3"},
     "likelihood": {"64": "8"},
 }
 """What the README asks for at full length."""
 ADDED = {
-    "train": ["--channels", "8", "--num-timesteps", "60", "--batch-size", "4"],
+    "train": ["--channels", "8", "--num-timesteps", "60", "--batch-size", "4", "--steps", "2"],
+    "train-classifier": ["--steps", "2", "--channels", "8"],
+    "inpaint": ["--steps", "3", "--resamples", "2"],
     "calibrate": ["--images", "8"],
     "anomaly": ["--reference-size", "16"],
     "verify": ["--only", "forward"],

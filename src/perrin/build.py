@@ -264,10 +264,10 @@ def run_calibration(run: Run, path: Path | None = None) -> Calibration:
     return found
 
 
-def run_data(run: Run, path: str | Path | None = None) -> Dataset:
+def run_data(run: Run, path: str | Path | None = None, *, labelled: bool = True) -> Dataset:
     """The data set at ``path``, or what the run was trained on.
 
-    Raises `DataError` where its shape, levels or classes do not fit the run.
+    Raises `DataError` where its shape or levels do not fit the run, or, if it is to be ``labelled``, its classes.
     """
     config, facts = run.folder.config, run.folder.facts
     source = config.data.path if path is None else str(path)
@@ -278,7 +278,7 @@ def run_data(run: Run, path: str | Path | None = None) -> Dataset:
     if facts.levels is not None and dataset.facts.levels is not None and dataset.facts.levels > facts.levels:
         dataset = load(source, levels=facts.levels)  # refused where a value says otherwise
     _check_facts(facts, dataset.facts, problem, "levels", *(("count", "fingerprint") if path is None else ()))
-    if config.data.conditional:
+    if config.data.conditional and labelled:
         _check_classes(source, dataset, _class_names(facts))
     return dataset
 

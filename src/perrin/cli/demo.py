@@ -85,12 +85,11 @@ def demo_config(options: Options) -> RunConfig:
 
 def draw_digits(model: Run) -> None:
     """Write a grid of digits, the same for the same weights."""
-    from perrin.cli.sample import sample_batch
     from perrin.data import to_levels, write_grid
     from perrin.samplers import SamplerDDPM
 
-    sampler = SamplerDDPM(model.diffusion)
-    x = sample_batch(model, sampler, indices=list(range(SAMPLES)), classes=None, seed=0)
+    shape = (SAMPLES, *model.folder.facts.shape)
+    x = SamplerDDPM(model.diffusion).sample(model.network, shape, seed=0, device=model.device)
     levels = model.folder.facts.levels
     write_grid(model.folder.samples_plot_path, to_levels(x, levels), levels, columns=10)
 

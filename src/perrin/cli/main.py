@@ -12,7 +12,13 @@ from perrin.errors import ConfigError, PerrinError
 
 COMMANDS = {
     "train": "train a model on your data, or go on with a run",
-    "sample": "draw samples from a run",
+    "train-classifier": "train a classifier of a run's noisy images, which can guide its samples",
+    "sample": "draw samples from a run, by any sampler, guided or not",
+    "interpolate": "draw what lies between two samples, or between two of your images",
+    "inpaint": "fill in the rest of images of which a part is known",
+    "vary": "draw variations of images, from an intermediate noise level",
+    "invert": "find the noise that a run makes given images of, and how exactly",
+    "reconstruct": "measure how well inverted images come back, against the number of steps",
     "likelihood": "measure bits per dimension, with a standard error and one row per example",
     "compare": "measure the difference of two runs, checkpoints or numbers of steps on the same images and noise",
     "calibrate": "find the variances and timesteps with which a run, as it is, has the best bound",
@@ -29,7 +35,7 @@ HELP = f"""usage: perrin [-h] [--version] COMMAND ...
 Gaussian diffusion models you can measure.
 
 commands:
-{"".join(f"  {name:<12}{text}{chr(10)}" for name, text in COMMANDS.items())}
+{"".join(f"  {name:<18}{text}{chr(10)}" for name, text in COMMANDS.items())}
 `perrin COMMAND --help` lists what a command takes; with --json each prints one JSON object."""
 
 
@@ -69,4 +75,4 @@ def _dispatch(args: list[str]) -> int:
     if first not in COMMANDS:
         found = "none" if first is None else repr(first)
         raise ConfigError(f"the first argument must be a command, one of {', '.join(COMMANDS)}; got {found}")
-    return import_module(f"perrin.cli.{first}").run(args[1:]) or 0
+    return import_module(f"perrin.cli.{first.replace('-', '_')}").run(args[1:]) or 0

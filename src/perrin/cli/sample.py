@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from perrin.cli.console import DeviceName, note, pick_device, report
 from perrin.cli.flags import parse
+from perrin.cli.recipe import Recipe, Way, class_numbers
+from perrin.cli.trajectory import check_trajectory, shown, write_trajectory
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from perrin.build import Run
     from perrin.evaluation.samples import Store
-    from perrin.samplers import SamplerDDIM, SamplerDDPM
-
-DEFAULT_DDIM_STEPS = 50
+    from perrin.samplers import Sample, SampleNoise, Sampler
 
 
 @dataclass(frozen=True)
@@ -34,15 +31,7 @@ class Options:
     """Folder of the run."""
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
     """Number of samples."""
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """Which sampler."""
-    steps: int | None = None
-    """Number of steps, 1 to T; by default 50 (or T, if fewer) for ddim and T for ddpm."""
-    calibrated: bool = False
-    """Use the timesteps of `perrin calibrate`, and for ddpm its variances too; without --steps, as many as gave the
-    best bound. They are chosen for the bound, not for the looks."""
-    eta: float | None = None
-    """Share of fresh noise in each step of ddim, 0 to 1; by default 0."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 64
@@ -55,6 +44,10 @@ class Options:
     """Class, by name or number, of a conditional model; by default the samples take the classes in turn."""
     out: Path | None = None
     """A folder, or a file ending in .npz; by default a folder below the run's samples/."""
+    trajectory: Path | None = None
+    """Also write how the first samples come about: a .png strip of x_t and the predicted x_0, or a .gif or .webp."""
+    compile: bool = False
+    """Compile the network first (torch.compile), which pays off for many samples on a GPU."""
     device: DeviceName = "auto"
     """Where to compute."""
     json: bool = False
@@ -71,11 +64,11 @@ def run(args: Sequence[str]) -> None:
     model = load_run(
         options.run, weights=options.weights, step=options.checkpoint, device=pick_device(options.device)
     )
-    sampler = make_sampler(options, model)
-    steps = len(sampler.times) - 1
-    classes = class_labels(options.label, model, options.count)
-    out = options.out or model.folder.samples_dir / default_name(options, model, steps)
-    settings = settings_of(options, model, steps=steps, out=out)
+    way = options.recipe.way(model, compile_network=options.compile)
+    classes = class_numbers(options.label, way, options.count, model.folder.path)
+    job = Job(options, model, way, classes)
+    out = options.out or model.folder.samples_dir / job.name
+    settings = job.settings(out)
     store = open_store(out, settings, model.folder.facts)
     done = store.done()
     if out.suffix == ".npz" and done and max(done) >= options.count:
@@ -84,18 +77,11 @@ def run(args: Sequence[str]) -> None:
         )
     missing = sorted(set(range(options.count)) - done)
     note(f"sampling with weights {model.weights} of step {model.step} into {out}")
-    draw(options, model, sampler, store=store, missing=missing, classes=classes)
-    paths = store.finish(options.count, classes)
+    calls = job.draw(store, missing)
+    paths = store.finish(options.count, classes) | job.write_trajectory()
     kept = options.count - len(missing)
     figures = {**settings, "run": str(options.run), "count": options.count, "kept": kept, **paths}
-    how = (
-        f"{options.sampler}, {steps}{' calibrated' if options.calibrated else ''} steps, seed {options.seed}"
-    )
-    lines = [
-        f"{options.count} samples{f', {kept} of them kept from before' if kept else ''}: {', '.join(paths.values())}",
-        f"{how}; weights {model.weights} of step {model.step}",
-    ]
-    report(figures, lines, as_json=options.json)
+    report(figures | {"network_calls": calls}, job.lines(paths, kept, calls), as_json=options.json)
 
 
 def check(options: Options) -> None:
@@ -104,138 +90,113 @@ def check(options: Options) -> None:
         raise ArgumentError(f"--count must be at least 1, got {options.count}")
     if options.batch_size < 1:
         raise ArgumentError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if options.eta is not None and options.sampler != "ddim":
-        raise ArgumentError(
-            f"--eta belongs to --sampler ddim, got --sampler {options.sampler} --eta {options.eta}"
+    if options.trajectory is not None:
+        check_trajectory(options.trajectory)
+    options.recipe.check()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command draws."""
+
+    options: Options
+    model: Run
+    way: Way
+    classes: list[int] | None
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler."""
+        return self.way.sampler
+
+    def settings(self, out: Path) -> dict[str, Any]:
+        """What determines sample i; the run is named as seen from ``out``, so that both may move together."""
+        return {
+            "run": os.path.relpath(self.model.folder.path, out),
+            "step": self.model.step,
+            "weights": self.model.weights,
+            "seed": self.options.seed,
+            "label": self.options.label,
+            **self.options.recipe.settings(self.model, self.sampler),
+        }
+
+    @property
+    def name(self) -> str:
+        """A name made of the settings, for a folder, or for a file of what is not an image."""
+        from perrin.evaluation.samples import has_pictures
+
+        options, model = self.options, self.model
+        first, *further = options.recipe.name_parts(self.sampler)
+        parts = [first, model.weights, f"step{model.step}", *further]
+        parts += [f"label-{options.label}"] if options.label is not None else []
+        name = "-".join([*parts, f"seed{options.seed}"])
+        return name if has_pictures(model.folder.facts) else f"{name}.npz"
+
+    def draw(self, store: Store, missing: list[int]) -> float | None:
+        """Draw the samples numbered ``missing``, a batch at a time, and keep each as soon as it is there.
+
+        Returns how often a network saw each, None where there is nothing to draw.
+        """
+        import torch
+
+        from perrin.cli.progress import Bar
+        from perrin.data import to_levels
+
+        size, levels = self.options.batch_size, self.model.folder.facts.levels
+        with Bar("sampling", len(missing) * (len(self.sampler.times) - 1)) as bar, self.way.counted() as seen:
+            for start in range(0, len(missing), size):
+                indices = missing[start : start + size]
+                x = torch.empty(0)
+                for state in self.states(indices, self.start(indices)):
+                    x = state["sample"]
+                    bar.advance(len(indices))
+                for i, values in zip(indices, to_levels(x, levels), strict=True):
+                    store.write(i, values)
+        return seen.rows / len(missing) if missing else None
+
+    def start(self, indices: Sequence[int]) -> SampleNoise:
+        """The noise of the samples numbered ``indices``."""
+        from perrin.samplers import SampleNoise
+
+        return SampleNoise(self.options.seed, indices)
+
+    def states(self, indices: Sequence[int], noise: SampleNoise) -> Iterator[Sample]:
+        """What the samples numbered ``indices`` go through, each state (B, *shape) in [-1, 1] at its end."""
+        import torch
+
+        shape, device = (len(indices), *self.model.folder.facts.shape), self.model.device
+        classes = self.classes
+        labels = None if classes is None else torch.tensor([classes[i] for i in indices], device=device)
+        return self.way.sampler.sample_progressive(
+            self.way.network,
+            shape,
+            noise=noise.initial(shape, device),
+            noise_fn=noise,
+            denoised_fn=self.way.denoised_fn,
+            cond_fn=self.way.cond_fn(labels),
+            guidance=self.way.guidance,
+            model_kwargs=self.way.told(labels),
         )
-    if options.eta is not None and not 0 <= options.eta <= 1:
-        raise ArgumentError(f"--eta must lie between 0 and 1, got {options.eta}")
 
+    def write_trajectory(self) -> dict[str, str]:
+        """Draw the first samples again for the picture of how they come about, if that is asked for."""
+        path = self.options.trajectory
+        if path is None:
+            return {}
+        indices = range(shown(path, self.options.count))
+        states = list(self.states(indices, self.start(indices)))
+        shape = (len(indices), *self.model.folder.facts.shape)
+        write_trajectory(path, self.start(indices).initial(shape, "cpu"), states, self.model.folder.facts)
+        return {"trajectory": str(path)}
 
-def number_of_steps(options: Options, num_timesteps: int) -> int:
-    """How many steps to take. Raises `ArgumentError` for a number outside 1 to T."""
-    if options.steps is None:
-        return num_timesteps if options.sampler == "ddpm" else min(DEFAULT_DDIM_STEPS, num_timesteps)
-    if not 1 <= options.steps <= num_timesteps:
-        raise ArgumentError(
-            f"--steps must lie between 1 and {num_timesteps}, the run's number of timesteps, got {options.steps}"
-        )
-    return options.steps
-
-
-def make_sampler(options: Options, model: Run) -> SamplerDDIM | SamplerDDPM:
-    """The sampler. Raises `ArgumentError` for a number of steps that there is not, `RunError` without calibration."""
-    from perrin.build import run_chain
-    from perrin.samplers import SamplerDDIM, SamplerDDPM
-
-    if options.calibrated:
-        chain = run_chain(model, steps=options.steps, calibrated=True)
-        steps = chain.num_timesteps
-    else:
-        chain = model.diffusion
-        steps = number_of_steps(options, chain.num_timesteps)
-    if options.sampler == "ddpm":
-        return SamplerDDPM(chain, steps)
-    return SamplerDDIM(chain, steps, eta=options.eta or 0.0)
-
-
-def class_labels(label: str | None, model: Run, count: int) -> list[int] | None:
-    """The class of each sample; None for an unconditional model. Raises `ArgumentError` for an unknown class."""
-    names = model.folder.facts.class_names
-    if not model.folder.config.data.conditional or names is None:
-        if label is not None:
-            raise ArgumentError(f"--label {label}: the model of {model.folder.path} has no classes")
-        return None
-    if label is None:
-        return [i % len(names) for i in range(count)]
-    if label in names:
-        return [names.index(label)] * count
-    if label.isdecimal() and int(label) < len(names):
-        return [int(label)] * count
-    shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-    raise ArgumentError(f"--label {label}: expected 0 to {len(names) - 1} or a class name ({shown})")
-
-
-def settings_of(options: Options, model: Run, *, steps: int, out: Path) -> dict[str, Any]:
-    """What determines sample i; the run is named as seen from ``out``, so that both may move together."""
-    return {
-        "run": os.path.relpath(model.folder.path, out),
-        "step": model.step,
-        "weights": model.weights,
-        "sampler": options.sampler,
-        "steps": steps,
-        "eta": eta_of(options),
-        "seed": options.seed,
-        "label": options.label,
-        "calibration": calibration_of(model) if options.calibrated else None,
-    }
-
-
-def calibration_of(model: Run) -> str:
-    """A short hash of the run's calibration, which changes the samples when it is made anew."""
-    return blake2b(model.folder.calibration_path.read_bytes(), digest_size=6).hexdigest()
-
-
-def eta_of(options: Options) -> float | None:
-    """The eta of ddim, None for ddpm."""
-    return None if options.sampler == "ddpm" else options.eta or 0.0
-
-
-def default_name(options: Options, model: Run, steps: int) -> str:
-    """A name made of the settings, for a folder, or for a file of what is not an image."""
-    from perrin.evaluation.samples import has_pictures
-
-    parts = [f"{options.sampler}{steps}", model.weights, f"step{model.step}"]
-    parts += ["calibrated"] if options.calibrated else []
-    parts += [f"eta{options.eta:g}"] if options.eta else []
-    parts += [f"label-{options.label}"] if options.label is not None else []
-    name = "-".join([*parts, f"seed{options.seed}"])
-    return name if has_pictures(model.folder.facts) else f"{name}.npz"
-
-
-def draw(
-    options: Options,
-    model: Run,
-    sampler: SamplerDDIM | SamplerDDPM,
-    *,
-    store: Store,
-    missing: list[int],
-    classes: list[int] | None,
-) -> None:
-    """Draw the samples numbered ``missing``, a batch at a time, and keep each as soon as it is there."""
-    from perrin.cli.progress import Bar
-    from perrin.data import to_levels
-
-    batches = [missing[i : i + options.batch_size] for i in range(0, len(missing), options.batch_size)]
-    with Bar("sampling", len(batches) * (len(sampler.times) - 1)) as bar:
-        hook = model.network.register_forward_hook(lambda *_: bar.advance())
-        for indices in batches:
-            x = sample_batch(model, sampler, indices=indices, classes=classes, seed=options.seed)
-            for i, values in zip(indices, to_levels(x, model.folder.facts.levels), strict=True):
-                store.write(i, values)
-        hook.remove()
-
-
-def sample_batch(
-    model: Run,
-    sampler: SamplerDDIM | SamplerDDPM,
-    *,
-    indices: list[int],
-    classes: list[int] | None,
-    seed: int,
-) -> Tensor:
-    """The samples numbered ``indices``, (B, *shape) in [-1, 1]."""
-    import torch
-
-    from perrin.samplers import SampleNoise
-
-    shape, device = (len(indices), *model.folder.facts.shape), model.device
-    noise = SampleNoise(seed, indices)
-    labels = None if classes is None else torch.tensor([classes[i] for i in indices], device=device)
-    return sampler.sample(
-        model.network,
-        shape,
-        noise=noise.initial(shape, device),
-        noise_fn=noise,
-        model_kwargs=None if labels is None else {"y": labels},
-    )
+    def lines(self, paths: dict[str, str], kept: int, calls: float | None) -> list[str]:
+        """What the command says at its end."""
+        options, model = self.options, self.model
+        before = f", {kept} of them kept from before" if kept else ""
+        steps = f"{len(self.sampler.times) - 1}{' calibrated' if options.recipe.calibrated else ''} steps"
+        cost = "" if calls is None else f", {calls:g} network calls each"
+        return [
+            f"{options.count} samples{before}: {', '.join(paths.values())}",
+            f"{options.recipe.sampler}, {steps}{cost}, seed {options.seed}; "
+            f"weights {model.weights} of step {model.step}",
+        ]

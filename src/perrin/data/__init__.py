@@ -1,7 +1,7 @@
 """Data sets: reading, level indices, resumable order, and writing images."""
 
 from perrin.data.dataset import Dataset, Facts, batch_indices, split
-from perrin.data.images import write_grid, write_image
+from perrin.data.images import write_animation, write_grid, write_image
 from perrin.data.levels import to_levels, to_unit
 from perrin.data.load import load
 
@@ -13,6 +13,7 @@ __all__ = [
     "split",
     "to_levels",
     "to_unit",
+    "write_animation",
     "write_grid",
     "write_image",
 ]

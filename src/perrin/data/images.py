@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from PIL import Image
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.files import written_aside
+
+ANIMATIONS = (".gif", ".webp")
+"""The kinds of files that hold an animation."""
 
 _GAP = 2  # pixels around each tile of a grid
 _SMALLEST_TILE = 48  # pixels of a tile's shorter side, so that 8x8 digits can be read
@@ -40,6 +44,37 @@ def write_grid(path: str | Path, values: np.ndarray, levels: int | None, columns
     if columns < 1:
         raise ArgumentError(f"columns must be at least 1, got {columns}")
     _save(Path(path), _tiled(_displayed(values, levels), columns))
+
+
+def write_animation(
+    path: str | Path, frames: Sequence[np.ndarray], levels: int | None, columns: int | None = None
+) -> None:
+    """Writes ``frames``, each (N, C, H, W) as in `write_grid`, as a GIF or WebP by the suffix of ``path``.
+
+    8 bits; three seconds in all and one more for the last frame, again and again. Raises `ArgumentError` for another
+    suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ANIMATIONS:
+        raise ArgumentError(f"an animation's name must end in {' or '.join(ANIMATIONS)}, got {path.name}")
+    columns = columns or math.ceil(math.sqrt(len(frames[0])))
+    pictures = [_picture(_tiled(_eight_bits(_displayed(frame, levels)), columns)) for frame in frames]
+    pause = max(3000 // len(pictures), 20)
+    durations = [pause] * (len(pictures) - 1) + [pause + 1000]
+    with written_aside(path) as aside:
+        pictures[0].save(
+            aside,
+            format=path.suffix[1:].upper(),
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+            lossless=True,  # of WebP, which else smooths
+        )
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
 def _displayed(values: np.ndarray, levels: int | None) -> np.ndarray:
@@ -73,8 +108,9 @@ def _tiled(pixels: np.ndarray, columns: int) -> np.ndarray:
 
 def _save(path: Path, pixels: np.ndarray) -> None:
     """Writes ``pixels`` (C, H, W) as a PNG."""
-    image = Image.fromarray(
-        np.ascontiguousarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2))
-    )
     with written_aside(path) as aside:
-        image.save(aside, format="PNG")
+        _picture(pixels).save(aside, format="PNG")
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)))

@@ -13,11 +13,11 @@ from perrin.errors import ArgumentError, ShapeError
 
 
 class Moments(NamedTuple):
-    """Mean (F,) and covariance (F, F) of the features of ``count`` examples, float64."""
+    """Mean (F,) and covariance (F, F) of the features of ``n`` examples, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    n: int
 
 
 def moments(features: np.ndarray) -> Moments:

@@ -1,0 +1,313 @@
+"""How samples are drawn: the flags that the commands which sample share, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from perrin.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from perrin.build import Run
+    from perrin.guidance import Guidance
+    from perrin.reverse import CondFn, Model
+    from perrin.samplers import Sampler
+
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "heun",
+    "dpm-2m",
+    "dpm-2s",
+    "dpm-3m",
+    "dpm-2m-sde",
+    "unipc-2",
+    "unipc-3",
+    "ipndm",
+    "deis",
+    "bdia",
+]
+"""The keys of `perrin.samplers.SAMPLERS`, written out for ``--help``."""
+
+GridFlag = Literal["uniform", "quadratic", "trailing", "log-snr", "karras"]
+
+DEFAULT_STEPS = {"ddim": 50}
+FAST_STEPS = 20
+"""Steps unless asked otherwise; ancestral sampling takes all."""
+
+
+@dataclass
+class Seen:
+    """How many rows networks have seen: a batch of 64 is 64, and guidance may show each twice."""
+
+    rows: int = 0
+
+
+class Way(NamedTuple):
+    """A recipe for one run."""
+
+    network: Model
+    sampler: Sampler
+    guidance: tuple[Guidance, ...]
+    denoised_fn: Callable[[Tensor], Tensor] | None
+    weaker: nn.Module | None
+    classifier: nn.Module | None
+    classifier_scale: float
+    class_names: tuple[str, ...] | None
+    """Of what samples can be drawn: a conditional run's classes, or the classifier's; None without either."""
+    conditional: bool
+
+    def told(self, labels: Tensor | None) -> dict[str, Tensor] | None:
+        """What the network is told, for samples of classes ``labels`` (B,)."""
+        return {"y": labels} if labels is not None and self.conditional else None
+
+    def cond_fn(self, labels: Tensor | None) -> CondFn | None:
+        """The classifier's gradient towards ``labels`` (B,)."""
+        from perrin.guidance import classifier_gradient
+
+        if self.classifier is None:
+            return None
+        return classifier_gradient(self.classifier, self.classifier_scale, y=labels)
+
+    @contextmanager
+    def counted(self) -> Iterator[Seen]:
+        """Within it, what the networks see is counted."""
+        from torch import nn
+
+        seen = Seen()
+
+        def count(module: object, args: object, output: Tensor) -> None:
+            seen.rows += len(output)
+
+        networks = (self.network, self.weaker, self.classifier)
+        hooks = [
+            network.register_forward_hook(count) for network in networks if isinstance(network, nn.Module)
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are drawn."""
+
+    sampler: SamplerName = "ddim"
+    """Which sampler: ddpm and dpm-2m-sde add noise in each step, and so do ddim with --eta and heun with --churn."""
+    steps: int | None = None
+    """Number of steps, 1 to T; by default 20, 50 for ddim, T for ddpm. heun and dpm-2s call the
+    network twice a step."""
+    grid: GridFlag | None = None
+    """Where the steps lie; by default the sampler's own choice."""
+    calibrated: bool = False
+    """Use the timesteps of `perrin calibrate`, and for ddpm its variances too; without --steps, as many as gave the
+    best bound. They are chosen for the bound, not for the looks."""
+    eta: float | None = None
+    """Share of fresh noise in each step of ddim, 0 to 1; by default 0."""
+    churn: float | None = None
+    """Noise that heun adds before its steps, over all of them (EDM's S_churn); by default 0."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance towards the class, for a model trained with --label-drop: 1 is none, more is
+    stronger."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only where sigma / alpha, the noise beside data in [-1, 1], lies between these two; by default
+    everywhere."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, by which guided predictions are brought back to the contrast of plain ones."""
+    autoguidance: int | None = None
+    """Guide away from the weaker weights of the checkpoint of this step."""
+    autoguidance_scale: float = 2.0
+    """How far from the weaker weights: 1 is none."""
+    classifier: Path | None = None
+    """Guide by this classifier from `perrin train-classifier`."""
+    classifier_scale: float = 1.0
+    """How strongly the classifier pulls."""
+    threshold: float | None = None
+    """Dynamic threshold: the share of values, such as 0.995, that each prediction is scaled to keep within
+    the range."""
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
+        owners = {"eta": "ddim", "churn": "heun"}
+        for name, owner in owners.items():
+            value = getattr(self, name)
+            if value is not None and self.sampler != owner:
+                raise ArgumentError(
+                    f"--{name} belongs to --sampler {owner}, got --sampler {self.sampler} --{name} {value}"
+                )
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ArgumentError(f"--eta must lie between 0 and 1, got {self.eta}")
+        if self.calibrated and self.grid is not None:
+            raise ArgumentError(
+                f"--calibrated has timesteps of its own: give --grid {self.grid} or it, not both"
+            )
+        if self.guidance_scale == 1 and (self.guidance_interval or self.guidance_rescale):
+            raise ArgumentError("--guidance-interval and --guidance-rescale need --guidance-scale, got 1")
+
+    def way(self, run: Run, *, compile_network: bool = False) -> Way:
+        """The recipe for ``run``. Raises `ArgumentError` or `RunError` for what the run cannot do."""
+        import torch
+
+        from perrin.guidance import dynamic_threshold
+
+        conditional = run.folder.config.data.conditional
+        guide, names = self._classifier(run)
+        weaker = self._weaker(run)
+        return Way(
+            network=torch.compile(run.network) if compile_network else run.network,
+            sampler=self.make_sampler(run),
+            guidance=self._guidance(run, weaker),
+            denoised_fn=None if self.threshold is None else dynamic_threshold(self.threshold),
+            weaker=weaker,
+            classifier=guide,
+            classifier_scale=self.classifier_scale,
+            class_names=run.folder.facts.class_names if conditional else names,
+            conditional=conditional,
+        )
+
+    def _classifier(self, run: Run) -> tuple[nn.Module | None, tuple[str, ...] | None]:
+        from perrin.training.classifier import load_classifier
+
+        if self.classifier is None:
+            return None, None
+        network, facts = load_classifier(self.classifier, run.device)
+        own = run.folder.facts
+        facts.check(run.diffusion, own.shape, own.class_names if run.folder.config.data.conditional else None)
+        return network, facts.classes
+
+    def make_sampler(self, run: Run) -> Sampler:
+        """The sampler. Raises `ArgumentError` for a number of steps that there is not, `RunError` uncalibrated."""
+        from perrin.build import run_chain
+        from perrin.samplers import SAMPLERS
+
+        own = {name: getattr(self, name) for name in ("eta", "churn") if getattr(self, name) is not None}
+        if self.calibrated:
+            chain = run_chain(run, steps=self.steps, calibrated=True)
+            return SAMPLERS[self.sampler](chain, grid="uniform", **own)
+        own |= {} if self.grid is None else {"grid": self.grid}
+        return SAMPLERS[self.sampler](run.diffusion, self._steps(run.diffusion.num_timesteps), **own)
+
+    def _steps(self, num_timesteps: int) -> int:
+        if self.steps is None:
+            wanted = num_timesteps if self.sampler == "ddpm" else DEFAULT_STEPS.get(self.sampler, FAST_STEPS)
+            return min(wanted, num_timesteps)
+        if not 1 <= self.steps <= num_timesteps:
+            raise ArgumentError(
+                f"--steps must lie between 1 and {num_timesteps}, the run's number of timesteps, got {self.steps}"
+            )
+        return self.steps
+
+    def _weaker(self, run: Run) -> nn.Module | None:
+        from perrin.build import load_run
+
+        if self.autoguidance is None:
+            return None
+        weaker = load_run(run.folder.path, weights=run.weights, step=self.autoguidance, device=run.device)
+        return weaker.network
+
+    def _guidance(self, run: Run, weaker: nn.Module | None) -> tuple[Guidance, ...]:
+        from perrin.guidance import autoguidance, classifier_free
+
+        chosen: list[Guidance] = []
+        if self.guidance_scale != 1:
+            _check_knows_no_class(run, self.guidance_scale)
+            chosen.append(
+                classifier_free(
+                    self.guidance_scale, interval=self.guidance_interval, rescale=self.guidance_rescale
+                )
+            )
+        if weaker is not None:
+            chosen.append(autoguidance(weaker, self.autoguidance_scale))
+        return tuple(chosen)
+
+    def settings(self, run: Run, sampler: Sampler) -> dict[str, Any]:
+        """What of the recipe determines a sample; None stands for what older folders of samples do not name."""
+        return {
+            "sampler": self.sampler,
+            "steps": len(sampler.times) - 1,
+            "eta": (self.eta or 0.0) if self.sampler == "ddim" else None,
+            "calibration": calibration_of(run) if self.calibrated else None,
+            **{name: value for name, (value, _) in self._further().items()},
+        }
+
+    def _further(self) -> dict[str, tuple[Any, str]]:
+        """Settings of newer flags, None where they are at their defaults, and how a folder's name shows them."""
+        defaults = Recipe()
+        shown = {
+            "grid": "{}",
+            "churn": "churn{:g}",
+            "guidance_scale": "scale{:g}",
+            "guidance_interval": "from{0[0]:g}to{0[1]:g}",
+            "guidance_rescale": "rescale{:g}",
+            "autoguidance": "auto{}",
+            "autoguidance_scale": "autoscale{:g}",
+            "classifier": "classifier",
+            "classifier_scale": "classifierscale{:g}",
+            "threshold": "threshold{:g}",
+        }
+        found: dict[str, tuple[Any, str]] = {}
+        for name, text in shown.items():
+            value = getattr(self, name)
+            if value == getattr(defaults, name):
+                found[name] = (None, "")
+            else:
+                found[name] = (_as_json(value), text.format(value))
+        return found
+
+    def name_parts(self, sampler: Sampler) -> list[str]:
+        """Parts of a folder's name."""
+        parts = [f"{self.sampler}{len(sampler.times) - 1}"]
+        parts += ["calibrated"] if self.calibrated else []
+        parts += [f"eta{self.eta:g}"] if self.eta else []
+        return parts + [text for _, text in self._further().values() if text]
+
+
+def _as_json(value: object) -> object:
+    """``value`` as it will be when it is read from a file again."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def class_numbers(label: str | None, way: Way, count: int, run: Path) -> list[int] | None:
+    """The class of each of ``count`` samples, in turn unless ``label`` names one; None where there are no classes.
+
+    Raises `ArgumentError` for an unknown class, or where there are none.
+    """
+    names = way.class_names
+    if names is None:
+        if label is not None:
+            raise ArgumentError(f"--label {label}: the model of {run} has no classes")
+        return None
+    if label is None:
+        return [i % len(names) for i in range(count)]
+    if label in names:
+        return [names.index(label)] * count
+    if label.isdecimal() and int(label) < len(names):
+        return [int(label)] * count
+    known = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+    raise ArgumentError(f"--label {label}: expected 0 to {len(names) - 1} or a class name ({known})")
+
+
+def _check_knows_no_class(run: Run, scale: float) -> None:
+    config = run.folder.config
+    if not config.data.conditional:
+        raise ArgumentError(f"--guidance-scale {scale:g}: the model of {run.folder.path} has no classes")
+    if not config.training.label_drop:
+        raise ArgumentError(
+            f"--guidance-scale {scale:g}: the model of {run.folder.path} was trained with its classes always told, "
+            "train with --label-drop 0.1 to guide without a classifier"
+        )
+
+
+def calibration_of(run: Run) -> str:
+    """A short hash of the run's calibration, which changes the samples when it is made anew."""
+    return blake2b(run.folder.calibration_path.read_bytes(), digest_size=6).hexdigest()

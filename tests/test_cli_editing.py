@@ -1,0 +1,357 @@
+"""``perrin interpolate``, ``inpaint`` and ``vary``: what they write, and their mistakes on one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from perrin.build import load_run
+from perrin.cli.main import main
+from perrin.data import load, to_levels
+from perrin.data.decode import decode
+from perrin.editing import SamplingOptions, inpaint, vary
+from perrin.samplers import SamplerDDIM, SamplerDDPM
+from tiny_calibration import calibrate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return image_file(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp("edit") / "run", *TINY, "--lr", "0.05")
+
+
+@pytest.fixture(scope="module")
+def conditional(data, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp("edit") / "run", *TINY, "--lr", "0.05", "--conditional")
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors")
+    return train(vector_file(folder), folder / "run", *TINY_MLP)
+
+
+def pixels(folder):
+    return np.stack([decode(path).pixels for path in sorted(folder.glob("0*.png"))])
+
+
+def made(out, *command):
+    assert main([*map(str, command), "--out", str(out)]) == 0
+    return pixels(out)
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def grid_size(rows, columns):
+    return (columns * 50 + 2, rows * 50 + 2)  # tiles of 8 pixels, six times as large, and gaps
+
+
+# What is written
+
+
+def test_inpainting_keeps_what_is_outside_the_box(run, data, tmp_path):
+    found = made(
+        tmp_path / "a", "inpaint", run, data, "--box", 1, 2, 4, 3, "-n", 3, "--steps", 4, "--variations", 2
+    )
+    originals = load(data).values[:3].repeat(2, axis=0)
+    fill = np.zeros((8, 8), bool)
+    fill[1:5, 2:5] = True
+    np.testing.assert_array_equal(found[..., ~fill], originals[..., ~fill])
+    assert (found[..., fill] != originals[..., fill]).mean() > 0.5
+    assert size_of(tmp_path / "a" / "grid.png") == grid_size(3, 4)
+
+
+def test_the_grid_shows_the_image_the_gap_and_the_results(run, data, tmp_path):
+    found = made(tmp_path / "a", "inpaint", run, data, "--box", 0, 0, 8, 4, "-n", 1, "--steps", 2)
+    with Image.open(tmp_path / "a" / "grid.png") as image:
+        grid = np.asarray(image)
+    tiles = [grid[2:50, 2 + 50 * i : 50 + 50 * i][::6, ::6] for i in range(3)]
+    np.testing.assert_array_equal(tiles[0], load(data).values[0, 0])
+    np.testing.assert_array_equal(tiles[1][:, 4:], load(data).values[0, 0, :, 4:])
+    assert set(tiles[1][:, :4].flatten().tolist()) <= {127, 128}
+    np.testing.assert_array_equal(tiles[2], found[0, 0])
+
+
+def masks(folder, fill):
+    colours = np.stack([fill * 255] * 3, 2).astype(np.uint8)
+    Image.fromarray(colours).save(folder / "colour.png")
+    Image.fromarray(fill).save(folder / "bits.png")
+    np.save(folder / "bool.npy", fill)
+    np.save(folder / "numbers.npy", fill * 3.0)
+    return [folder / name for name in ("colour.png", "bits.png", "bool.npy", "numbers.npy")]
+
+
+def test_a_mask_is_white_where_a_box_would_be(run, data, tmp_path):
+    flags = ["-n", 2, "--steps", 3, "--resamples", 2]
+    box = made(tmp_path / "box", "inpaint", run, data, "--box", 2, 3, 5, 4, *flags)
+    fill = np.zeros((8, 8), bool)
+    fill[2:7, 3:7] = True
+    for path in masks(tmp_path, fill):
+        masked = made(tmp_path / path.stem, "inpaint", run, data, "--mask", path, *flags)
+        np.testing.assert_array_equal(masked, box)
+
+
+def test_inpainting_is_the_function_s(run, data, tmp_path):
+    flags = ["--resamples", 3, "--jump", 2, "--seed", 5, "--steps", 6, "--variations", 2]
+    found = made(tmp_path / "a", "inpaint", run, data, "--box", 0, 0, 8, 5, "-n", 2, *flags)
+    model, fill = load_run(run), torch.zeros(8, 8, dtype=torch.bool)
+    fill[:, :5] = True
+    x = load(data).batch([0, 1], "cpu")[0]
+    for v in range(2):
+        options = SamplingOptions(seed=5 + v)
+        sampler = SamplerDDPM(model.diffusion, 6)
+        filled = inpaint(sampler, model.network, x, fill=fill, resamples=3, jump=2, options=options)
+        np.testing.assert_array_equal(found[v::2], to_levels(filled, 256))
+
+
+def test_variations_are_the_function_s(run, data, tmp_path):
+    found = made(
+        tmp_path / "a",
+        "vary",
+        run,
+        data,
+        "--strength",
+        0.3,
+        "-n",
+        2,
+        "--variations",
+        3,
+        "--seed",
+        4,
+        "--steps",
+        6,
+    )
+    model = load_run(run)
+    x = load(data).batch([0, 1], "cpu")[0]
+    sampler = SamplerDDIM(model.diffusion, 6)
+    varied = vary(sampler, model.network, x, strength=0.3, variations=3, options=SamplingOptions(seed=4))
+    np.testing.assert_array_equal(found, to_levels(varied.flatten(0, 1), 256))
+    assert size_of(tmp_path / "a" / "grid.png") == grid_size(2, 4)
+
+
+@pytest.mark.parametrize("command", [["inpaint", "--box", "0", "0", "4", "4"], ["vary"]], ids=lambda c: c[0])
+def test_pictures_do_not_depend_on_the_batch_and_can_be_gone_on_with(run, data, tmp_path, capsys, command):
+    name, *flags = command
+    whole = [name, str(run), str(data), *flags, "--steps", "3", "--variations", "2"]
+    four = made(tmp_path / "a", *whole, "-n", 4)
+    np.testing.assert_array_equal(made(tmp_path / "b", *whole, "-n", 4, "--batch-size", 1), four)
+    np.testing.assert_array_equal(made(tmp_path / "c", *whole, "-n", 2), four[:4])
+    figures = figures_of([*whole, "-n", "4", "--out", str(tmp_path / "c")], capsys)
+    np.testing.assert_array_equal(pixels(tmp_path / "c"), four)
+    assert figures["network_calls"] > 0
+    assert figures_of([*whole, "-n", "4", "--out", str(tmp_path / "c")], capsys)["network_calls"] is None
+    line = error_of([*whole, "-n", "4", "--seed", "9", "--out", str(tmp_path / "c")], capsys)
+    assert line.endswith("holds samples of seed 0, asked for 9: choose another place")
+
+
+def test_the_held_out_images_and_a_folder_of_the_run_are_the_default(run, capsys):
+    figures = figures_of(["vary", str(run), "--strength", "0.2", "--steps", "4", "-n", "1"], capsys)
+    assert figures["pictures"].startswith(str(run / "samples" / "vary-ddim4-"))
+    assert (figures["strength"], figures["count"], figures["variations"]) == (0.2, 1, 4)
+    other = figures_of(["vary", str(run), "--strength", "0.4", "--steps", "4", "-n", "1"], capsys)
+    assert other["pictures"] != figures["pictures"]
+
+
+def test_inpainting_takes_fewer_steps_than_ancestral_sampling_unless_asked(
+    run, data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("perrin.cli.inpaint.MOST_STEPS", 5)
+    command = ["inpaint", str(run), str(data), "--box", "0", "0", "2", "2", "-n", "1", "--resamples", "2"]
+    assert figures_of([*command, "--out", str(tmp_path / "a")], capsys)["network_calls"] == 2 * 4 + 1
+    assert figures_of([*command, "--steps", "7", "--out", str(tmp_path / "b")], capsys)["steps"] == 7
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-2m"])
+def test_between_seeds_the_ends_are_the_samples(run, tmp_path, sampler):
+    flags = ["--sampler", sampler, "--steps", 4]
+    found = made(tmp_path / "a", "interpolate", run, "--seeds", 1, 2, "--count", 3, *flags)
+    for seed, end in ((1, found[0]), (2, found[-1])):
+        sample = made(tmp_path / f"s{seed}", "sample", run, "-n", 1, "--seed", seed, *flags)
+        assert np.abs(end.astype(int) - sample[0]).max() <= 1
+    assert size_of(tmp_path / "a" / "grid.png") == grid_size(1, 3)
+
+
+def test_between_images_the_row_has_the_images_at_its_ends(run, data, tmp_path):
+    flags = ["--count", 4, "--steps", 12]
+    found = made(tmp_path / "a", "interpolate", run, data, "--between", 3, 7, *flags)
+    assert len(found) == 4
+    assert size_of(tmp_path / "a" / "grid.png") == grid_size(1, 6)
+    back = made(tmp_path / "b", "interpolate", run, "--between", 7, 3, *flags)
+    assert np.abs(found.astype(int) - back[::-1]).max() <= 1
+
+
+def test_interpolation_is_not_done_twice(run, tmp_path, capsys):
+    command = ["interpolate", str(run), "--seeds", "1", "2", "--steps", "2", "--out", str(tmp_path / "a")]
+    assert figures_of(command, capsys)["network_calls"] == 2
+    assert figures_of(command, capsys)["network_calls"] is None
+
+
+def test_text_says_what_was_made(run, data, tmp_path, capsys):
+    capsys.readouterr()
+    made(tmp_path / "a", "vary", run, data, "-n", 1, "--steps", 12, "--strength", 0.5, "--weights", "model")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"4 pictures of 1 image: {tmp_path / 'a'}, {tmp_path / 'a' / 'grid.png'}"
+    assert "strength 0.5, " in second
+    assert second.endswith("ddim, seed 0; weights model of step 4")
+
+
+def test_calibrated_timesteps_and_variances_are_taken(run, data, tmp_path, capsys):
+    with calibrate(run):
+        command = ["inpaint", str(run), str(data), "--box", "0", "0", "4", "4", "-n", "1", "--resamples", "2"]
+        figures = figures_of([*command, "--calibrated", "--out", str(tmp_path / "a")], capsys)
+        assert (figures["steps"], len(figures["calibration"])) == (2, 12)
+        command = ["vary", str(run), str(data), "-n", "1", "--strength", "1", "--steps", "3", "--calibrated"]
+        assert figures_of([*command, "--out", str(tmp_path / "b")], capsys)["network_calls"] == 3
+
+
+# Classes
+
+
+def test_a_label_takes_the_place_of_the_image_s_own(conditional, data, tmp_path):
+    command = ["vary", conditional, data, "-n", 3, "--steps", 4, "--strength", 0.9, "--variations", 1]
+    own = made(tmp_path / "own", *command)
+    labelled = made(tmp_path / "label", *command, "--label", 1)
+    assert [bool((a != b).any()) for a, b in zip(own, labelled, strict=True)] == [True, False, True]
+
+
+def test_between_classes_a_label_must_be_named(conditional, data, tmp_path, capsys):
+    command = ["interpolate", str(conditional), "--steps", "3", "--count", "2"]
+    line = error_of([*command, "--seeds", "1", "2"], capsys)
+    assert line == "--label must name the class of the pictures between two seeds"
+    line = error_of([*command, str(data), "--between", "0", "1"], capsys)
+    assert line.endswith("between images of classes 0 and 1")
+    assert len(made(tmp_path / "a", *command, "--between", 0, 3)) == 2
+    assert len(made(tmp_path / "b", *command, "--between", 0, 1, "--label", 2)) == 2
+    assert json.loads((tmp_path / "b" / "settings.json").read_text())["label"] == "2"
+
+
+# Mistakes
+
+BOX = ["--box", "0", "0", "4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inpaint"], "what to fill must be said by either --mask FILE or --box TOP LEFT HEIGHT WIDTH"),
+        (["inpaint", *BOX, "--mask", "x.png"], "what to fill must be said by either --mask FILE or --box"),
+        (
+            ["inpaint", "--box", "0", "5", "8", "4"],
+            "--box 0 5 8 4 (TOP LEFT HEIGHT WIDTH) must lie within the images, 8 x 8 pixels (height x width)",
+        ),
+        (["inpaint", "--box", "-1", "5", "8", "2"], "must lie within the images"),
+        (["inpaint", "--box", "0", "5", "0", "2"], "must lie within the images"),
+        (
+            ["inpaint", "--box", "0", "0", "8", "8"],
+            "--box must leave some pixels to fill (white) and some to keep",
+        ),
+        (["inpaint", *BOX, "--resamples", "0"], "--resamples must be at least 1, got 0"),
+        (["inpaint", *BOX, "--jump", "0"], "--jump must be at least 1, got 0"),
+        (
+            ["inpaint", *BOX, "--jump", "7", "--steps", "6"],
+            "jump must be from 1 to 6, the number of steps, got 7",
+        ),
+        (
+            ["inpaint", *BOX, "--steps", "13"],
+            "--steps must lie between 1 and 12, the run's number of timesteps",
+        ),
+        (["inpaint", *BOX, "--label", "1"], "has no classes"),
+        (["inpaint", *BOX, "--sampler", "euler"], "invalid choice 'euler' for argument '--sampler'"),
+        (["vary", "--strength", "0"], "--strength must be above 0 and at most 1, got 0.0"),
+        (["vary", "--strength", "nan"], "--strength must be above 0 and at most 1, got nan"),
+        (
+            ["vary", "--sampler", "ddpm", "--calibrated"],
+            "--calibrated gives ddpm variances for all of its steps",
+        ),
+        (["vary", "--variations", "0"], "--variations must be at least 1, got 0"),
+        (["vary", "-n", "0"], "--count must be at least 1, got 0"),
+        (["vary", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["vary", "--out", "x.npz"], "--out must be a folder for pictures, got x.npz"),
+        (["vary", "--weights", "ema-0.7"], "weights must be one of ema-0.9, ema-0.5, model, got ema-0.7"),
+        (["vary", "--checkpoint", "3"], "has no checkpoint of step 3"),
+        (["interpolate"], "the ends must be given by either --seeds A B or --between I J"),
+        (["interpolate", "--seeds", "1", "2", "--between", "1", "2"], "the ends must be given by either"),
+        (
+            ["interpolate", "--seeds", "1", "2", "--count", "1"],
+            "--count must be at least 2, both ends, got 1",
+        ),
+        (["interpolate", "--between", "0", "20"], "--between must name images from 0 to 19, got 0 20"),
+        (
+            ["interpolate", "--between", "0", "1", "--sampler", "ddpm"],
+            "--between inverts images with ddim and eta 0, got --sampler ddpm",
+        ),
+        (
+            ["interpolate", "--between", "0", "1", "--eta", "0.5"],
+            "--between inverts images with ddim and eta 0, got --sampler ddim --eta 0.5",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(run, args, message, capsys):
+    command, *flags = args
+    assert message in error_of([command, str(run), *flags], capsys)
+
+
+def test_seeds_need_no_data(run, data, capsys):
+    line = error_of(["interpolate", str(run), str(data), "--seeds", "1", "2"], capsys)
+    assert line == f"--seeds needs no data, got {data}: give --between I J to use them"
+
+
+def test_data_of_another_shape_are_refused(run, tmp_path, capsys):
+    other = image_file(tmp_path, size=10)
+    for command in (["inpaint", *BOX], ["vary"], ["interpolate", "--between", "0", "1"]):
+        line = error_of([command[0], str(run), str(other), *command[1:]], capsys)
+        assert line.endswith("shape must be (1, 8, 8), got (1, 10, 10)")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones((10, 12), bool), "must be of the images' size, 8 x 8 pixels (height x width), got 10 x 12"),
+        (np.zeros((8, 8), bool), "must leave some pixels to fill (white) and some to keep"),
+        (np.ones((8, 8, 3)), "expected numbers (H, W), got float64 of shape (8, 8, 3)"),
+        (np.full((8, 8), "a"), "expected numbers (H, W), got <U1 of shape (8, 8)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(run, tmp_path, capsys, values, message):
+    np.save(tmp_path / "mask.npy", values)
+    assert message in error_of(["inpaint", str(run), "--mask", str(tmp_path / "mask.npy")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mask.png", b"no picture", "not an image of a known format"),
+        ("mask.npy", b"no array", "damaged array file"),
+        ("none.png", None, "No such file or directory"),
+        ("none.npy", None, "No such file or directory"),
+    ],
+)
+def test_a_mask_that_cannot_be_read_is_refused(run, tmp_path, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = error_of(["inpaint", str(run), "--mask", str(tmp_path / name)], capsys)
+    assert line.startswith(str(tmp_path / name))
+    assert message in line
+
+
+def test_runs_of_vectors_are_refused(vectors, capsys):
+    line = error_of(["vary", str(vectors)], capsys)
+    assert line.endswith(
+        "must be a run of images, which are edited as pictures; its data have the shape (3,)"
+    )
+
+
+def test_a_label_out_of_range_is_refused(conditional, capsys):
+    for command in (["vary"], ["inpaint", *BOX], ["interpolate", "--seeds", "1", "2"]):
+        line = error_of([command[0], str(conditional), *command[1:], "--label", "3"], capsys)
+        assert line == "--label 3: expected 0 to 2 or a class name (0, 1, 2)"

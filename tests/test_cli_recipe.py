@@ -1,0 +1,181 @@
+"""The flags that commands which sample share: samplers, grids, guidance, thresholds, trajectories."""
+
+import json
+from dataclasses import fields
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli_helpers import TINY, error_of, figures_of, image_file, train
+from perrin.cli.main import main
+from perrin.cli.recipe import GridFlag, Recipe, SamplerName
+from perrin.data.decode import decode
+from perrin.samplers import SAMPLERS, GridName
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    return train(image_file(folder), folder / "run", *TINY, "--lr", "0.05")
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guided")
+    flags = ["--conditional", "--label-drop", "0.5", "--checkpoint-every", "2", "--keep", "5", "--lr", "0.05"]
+    return train(image_file(folder), folder / "run", *TINY, *flags)
+
+
+def samples(run, out, *flags):
+    assert main(["sample", str(run), "-n", "4", "--out", str(out), *flags]) == 0
+    return np.stack([decode(path).pixels for path in sorted(out.glob("0*.png"))])
+
+
+def test_the_flags_know_every_sampler_and_grid():
+    assert get_args(SamplerName) == tuple(SAMPLERS)
+    assert get_args(GridFlag) == get_args(GridName)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_same_samples_in_batches_of_any_size(run, tmp_path, capsys, sampler):
+    whole = samples(run, tmp_path / "a", "--sampler", sampler, "--steps", "3")
+    parts = samples(run, tmp_path / "b", "--sampler", sampler, "--steps", "3", "--batch-size", "3")
+    np.testing.assert_array_equal(whole, parts)
+    capsys.readouterr()
+
+
+def test_network_calls_are_counted(run, tmp_path, capsys):
+    for sampler, calls in [("dpm-2m", 3), ("heun", 5), ("dpm-2s", 5)]:
+        command = ["sample", str(run), "-n", "2", "--sampler", sampler, "--steps", "3"]
+        assert figures_of([*command, "--out", str(tmp_path / sampler)], capsys)["network_calls"] == calls
+
+
+def test_guidance_counts_twice_where_it_guides(conditional, tmp_path, capsys):
+    command = ["sample", str(conditional), "-n", "2", "--sampler", "ddim", "--steps", "4", "--json"]
+    guided = figures_of([*command, "--guidance-scale", "2", "--out", str(tmp_path / "a")], capsys)
+    assert guided["network_calls"] == 8
+    some = [*command, "--guidance-scale", "2", "--guidance-interval", "0", "0.0001"]
+    assert figures_of([*some, "--out", str(tmp_path / "b")], capsys)["network_calls"] == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--grid", "karras"],
+        ["--guidance-scale", "3"],
+        ["--guidance-scale", "3", "--guidance-rescale", "0.7"],
+        ["--guidance-scale", "3", "--guidance-interval", "0.2", "2"],
+        ["--autoguidance", "2"],
+        ["--autoguidance", "2", "--autoguidance-scale", "3"],
+        ["--threshold", "0.5"],
+        ["--sampler", "heun", "--churn", "2"],
+    ],
+    ids=" ".join,
+)
+def test_each_flag_changes_the_samples_and_the_name_of_their_folder(conditional, tmp_path, capsys, flags):
+    sampler = [] if "--sampler" in flags else ["--sampler", "dpm-2m"]
+    base = ["--steps", "4", "--sampler", "heun"] if "--sampler" in flags else ["--steps", "4", *sampler]
+    plain = samples(conditional, tmp_path / "plain", *base)
+    changed = samples(conditional, tmp_path / "changed", "--steps", "4", *sampler, *flags)
+    assert (plain != changed).any()
+    capsys.readouterr()
+    command = ["sample", str(conditional), "-n", "1", "--steps", "4"]
+    names = {figures_of([*command, *more], capsys)["samples"] for more in (base[2:], [*sampler, *flags])}
+    assert len(names) == 2
+
+
+def test_guidance_of_scale_1_changes_no_bit(conditional, tmp_path):
+    plain = samples(conditional, tmp_path / "a", "--steps", "4")
+    np.testing.assert_array_equal(
+        samples(conditional, tmp_path / "b", "--steps", "4", "--guidance-scale", "1"), plain
+    )
+
+
+def test_guided_samples_can_be_added_to_later(conditional, tmp_path, capsys):
+    command = [
+        "sample",
+        str(conditional),
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "a"),
+        "--guidance-scale",
+        "2",
+    ]
+    command += ["--guidance-interval", "0.1", "3"]
+    for count, kept in [("1", 0), ("3", 1)]:
+        assert figures_of([*command, "-n", count], capsys)["kept"] == kept
+
+
+def test_the_settings_name_every_flag(run, tmp_path):
+    samples(run, tmp_path / "a", "--steps", "4", "--grid", "karras")
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    named = {field.name for field in fields(Recipe)} - {"calibrated"}
+    assert named <= settings.keys()
+    assert settings["grid"] == "karras"
+    assert settings["threshold"] is None
+
+
+@pytest.mark.parametrize("name", ["strip.png", "film.gif", "film.webp"])
+def test_a_trajectory_ends_in_the_samples(run, tmp_path, name, capsys):
+    path = tmp_path / name
+    found = samples(run, tmp_path / "a", "--steps", "5", "--sampler", "dpm-2m", "--trajectory", str(path))
+    assert f"{path}" in capsys.readouterr().out
+    with Image.open(path) as image:
+        if name == "strip.png":
+            assert image.size == (6 * 50 + 2, 8 * 50 + 2)  # noise, 5 states; two rows for each of 4 samples
+            last = np.asarray(image)[2:50:6, 5 * 50 + 2 : 6 * 50 : 6]
+            np.testing.assert_array_equal(last, found[0][0])
+        else:
+            assert image.n_frames == 6
+            image.seek(5)
+            last = np.asarray(image.convert("L"))[2:50:6, 2:50:6]
+            np.testing.assert_allclose(last, found[0][0], atol=3)
+
+
+def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile(network):
+        compiled.append(network)
+        return network
+
+    monkeypatch.setattr("torch.compile", compile)
+    samples(run, tmp_path / "a", "--steps", "2", "--compile")
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--sampler", "euler"], "invalid choice 'euler'"),
+        (["--grid", "log"], "invalid choice 'log'"),
+        (
+            ["--eta", "0.5", "--sampler", "heun"],
+            "--eta belongs to --sampler ddim, got --sampler heun --eta 0.5",
+        ),
+        (["--churn", "1"], "--churn belongs to --sampler heun, got --sampler ddim --churn 1.0"),
+        (["--sampler", "heun", "--churn", "-1"], "churn must be at least 0, got -1.0"),
+        (["--calibrated", "--grid", "karras"], "--calibrated has timesteps of its own"),
+        (["--guidance-rescale", "0.5"], "need --guidance-scale, got 1"),
+        (["--guidance-scale", "2"], "has no classes"),
+        (["--label", "3"], "has no classes"),
+        (["--threshold", "1.5"], "1.5"),
+        (["--autoguidance", "3"], "has no checkpoint of step 3"),
+        (["--classifier", "nowhere"], "nowhere holds no classifier"),
+        (["--trajectory", "film.mp4"], "--trajectory must end in .png, .gif, .webp, got film.mp4"),
+        (["--steps", "0"], "--steps must lie between 1 and"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag_is_one_clear_line(run, tmp_path, capsys, flags, line):
+    assert line in error_of(["sample", str(run), "--out", str(tmp_path / "x"), *flags], capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_guidance_needs_a_model_that_did_without_its_classes(tmp_path, capsys):
+    told = train(image_file(tmp_path), tmp_path / "run", *TINY, "--conditional")
+    line = error_of(["sample", str(told), "--guidance-scale", "2"], capsys)
+    assert "was trained with its classes always told, train with --label-drop 0.1" in line
