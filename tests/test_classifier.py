@@ -11,12 +11,13 @@ import torch
 from torch.testing import assert_close
 
 from perrin import GaussianDiffusion, ModelMeanType, SamplerDDIM
-from perrin.config import DataConfig, RunConfig
+from perrin.config import DataConfig, RunConfig, TrainingConfig
 from perrin.data import Dataset, Facts
 from perrin.errors import DataError, NonFiniteError, RunError
 from perrin.guidance import classifier
 from perrin.oracles import arbitrary
 from perrin.schedules import cosine_betas, linear_betas, log_snr_linear_betas, zero_terminal_snr
+from perrin.timestep_sampling import UniformSampler
 from perrin.training import Interrupted
 from perrin.training.checkpoint import STATE_FILE
 from perrin.training.classifier import (
@@ -106,6 +107,14 @@ def test_its_gradient_guides_samples_of_an_unconditional_model(trained: Path) ->
     )
     t = torch.zeros(4, dtype=torch.int64)
     assert torch.equal(network(sample, t).argmax(1), y)
+
+
+def test_no_class_is_withheld_from_the_classifier_of_a_run_that_withholds_some(tmp_path: Path) -> None:
+    run = RunConfig(data=DataConfig(held_out=0.25, conditional=True), training=TrainingConfig(label_drop=0.9))
+    batches = task(tmp_path, run=run).batches()
+    labels = batches.draw(0, UniformSampler(CHAIN)).labels
+    assert labels is not None
+    assert set(labels.tolist()) == {0, 1}
 
 
 def test_a_loaded_classifier_needs_no_gradients_and_leaves_torchs_generator_alone(trained: Path) -> None:
@@ -332,6 +341,12 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"weights-00000001.safetensors is missing or damaged"):
         load_classifier(tmp_path)
     values = json.loads((tmp_path / FACTS_FILE).read_text())
+    whole = json.dumps(values)
+    for broken in ({"bands": []}, {"encoder": values["encoder"] | {"channels": 0}}):
+        (tmp_path / FACTS_FILE).write_text(json.dumps(values | broken))
+        with pytest.raises(RunError, match=r"classifier.json is damaged \("):
+            load_classifier(tmp_path)
+    values = json.loads(whole)
     values["chain"]["log_snr"] = "high"
     (tmp_path / FACTS_FILE).write_text(json.dumps(values))
     with pytest.raises(RunError, match=r"classifier.json is damaged \(chain.log_snr: "):

@@ -248,6 +248,13 @@ def _damage(arrays, name):
         "one state": {key: value for key, value in arrays.items() if key != "before"},
         "no states": {key: value for key, value in arrays.items() if key not in ("latest", "before")},
         "nan": arrays | {"latest": np.full_like(arrays["latest"], np.nan)},
+        "flat": arrays | {"latest": np.float64(3.0), "before": np.float64(3.0)},
+        "whole numbers": {
+            k: v.astype(np.int64) if k in ("latest", "before") else v for k, v in arrays.items()
+        },
+        "labels": arrays | {"labels": np.zeros(1, np.int64)},
+        "steps": arrays
+        | {"settings": np.array(str(arrays["settings"]).replace('"steps": 6', '"steps": "six"'))},
         "shape": arrays | {"latest": arrays["latest"][..., :4], "before": arrays["before"][..., :4]},
     }[name]
 
@@ -258,7 +265,11 @@ def _damage(arrays, name):
         ("no settings", "holds no latents of perrin invert"),
         ("one state", "1 states do not belong to method bdia"),
         ("no states", "its arrays do not fit together"),
-        ("nan", "values that are not finite"),
+        ("nan", "values that are no finite numbers"),
+        ("flat", "its arrays do not fit together"),
+        ("whole numbers", "values that are no finite numbers"),
+        ("labels", "its arrays do not fit together"),
+        ("steps", "holds no latents of perrin invert"),
         ("shape", r"shape must be (1, 8, 8), got (1, 8, 4)"),
     ],
 )

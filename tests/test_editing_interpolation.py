@@ -66,6 +66,14 @@ def test_no_angle_loses_the_norm(angle: float) -> None:
     torch.testing.assert_close(steps, torch.full((8,), 2 * math.sin(angle / 16)), rtol=1e-2, atol=3e-5)
 
 
+def test_nearly_opposite_ends_keep_the_norm_in_float32() -> None:
+    first = normal(16, 64).float()
+    second = -first + 3e-4 * normal(16, 64, seed=1).float()
+    second = second * (first.norm(dim=1) / second.norm(dim=1))[:, None]
+    between = slerp(first, second, 0.5)
+    torch.testing.assert_close(between.norm(dim=1), first.norm(dim=1), rtol=1e-5, atol=0)
+
+
 def test_a_zero_end_is_joined_by_a_straight_line() -> None:
     b = torch.tensor([[3.0, 4.0]])
     torch.testing.assert_close(slerp(torch.zeros(1, 2), b, 0.5), b / 2)

@@ -288,6 +288,7 @@ def test_classifier_free_refuses_in_one_line(told: Any, arguments: dict[str, Any
             {"unconditional": {"y": Y[:3]}},
             r"unconditional\['y'\] must expand to the shape \(4,\).*\(3,\)",
         ),
+        ({"y": Y}, {"unconditional": {"y": None}}, r"unconditional\['y'\] must expand .*got None"),
     ],
 )
 def test_unconditional_halves_that_do_not_fit_are_refused(told: Any, empty: Any, message: str) -> None:

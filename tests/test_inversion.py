@@ -93,6 +93,29 @@ def test_what_has_no_solution_has_not_converged() -> None:
     assert bool(torch.isfinite(found.noise).all())
 
 
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("tolerance", [1e-5, 0.0])
+def test_few_dimensions_and_float32_end_in_a_finite_answer(dimensions: int, tolerance: float) -> None:
+    x = GaussianData().draw(8, dimensions).float()
+    for steps in (10, 20, 50):
+        found = FixedPoint(SamplerDDIM(chain(), steps), tolerance=tolerance).invert(
+            Oracle(GaussianData(), chain()), x
+        )
+        assert bool(torch.isfinite(found.noise).all())
+        assert bool((found.residuals < 1e-4).all())
+
+
+def test_a_row_without_a_solution_does_not_stop_the_others() -> None:
+    diffusion, x = chain(mean_type=ModelMeanType.START_X), DATA.draw(3, 8).float()
+    ideal = Oracle(DATA, diffusion)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([ideal(x[:2], t[:2]), torch.full_like(x[2:], 0.1)])
+
+    found = FixedPoint(SamplerDDIM(diffusion, 20), tolerance=1e-4).invert(network, x)
+    assert found.converged.tolist() == [True, True, False]
+
+
 def test_an_inversion_does_not_depend_on_the_batch() -> None:
     diffusion = chain()
     x = torch.cat([DATA.draw(4, 8), 3 * normal(4, 8)])

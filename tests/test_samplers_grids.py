@@ -245,3 +245,12 @@ def test_time_of_knows_the_end_without_signal() -> None:
 def test_levels_outside_the_chain_have_no_time(log_snr: float) -> None:
     with pytest.raises(ArgumentError, match=f"log_snr must be from -10.1177 to 9.21024, got {log_snr:g}"):
         chain().time_of(log_snr)
+
+
+@pytest.mark.parametrize("grid", ["log-snr", "karras"])
+@pytest.mark.parametrize(("keep", "times"), [([999], (0,)), ([998, 999], (1, 0))])
+def test_a_chain_of_much_noise_alone_still_has_its_grids(
+    grid: str, keep: list[int], times: tuple[int, ...]
+) -> None:
+    for name in ("linear", "cosine"):
+        assert grid_times(chain(name).respaced(keep), grid) == times

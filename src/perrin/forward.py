@@ -7,14 +7,13 @@ as a (B,) integer tensor, or as one int for the whole batch, which costs no look
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 
 import torch
 from torch import Tensor
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.gaussian import normal_kl
-from perrin.noise import Level, level_between
+from perrin.noise import Level, level_between, time_between
 from perrin.schedules import tables
 from perrin.tensors import Coefficient, Tables, at_least_float32, mean_flat, mix, scale
 
@@ -85,9 +84,7 @@ class ForwardProcess(Tables):
         if not self.log_snr(last) <= log_snr <= self.log_snr(0):
             expected = f"from {self.log_snr(last):g} to {self.log_snr(0):g}"
             raise ArgumentError(f"log_snr must be {expected}, got {log_snr:g}")
-        before = bisect_right(range(self.num_timesteps), -log_snr, key=lambda t: -self.log_snr(t)) - 1
-        value = self.log_snr(before)
-        return before if value == log_snr else before + (value - log_snr) / (value - self.log_snr(before + 1))
+        return time_between(self.log_snr, self.num_timesteps, log_snr)
 
     def check_times(self, t: Tensor, x: Tensor) -> None:
         """Raise `ShapeError` or `ArgumentError` unless ``t`` is (B,) integers, in 0..T - 1 where looking is free."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import NamedTuple
 
 CLEAN = -1
@@ -33,3 +35,10 @@ def level_at(log_snr: float) -> Level:
 def level_between(first: Level, second: Level, share: float) -> Level:
     """The level a ``share`` of the way from ``first`` to ``second``, linear in log-SNR."""
     return level_at((1 - share) * first.log_snr + share * second.log_snr)
+
+
+def time_between(log_snr_of: Callable[[int], float], count: int, log_snr: float) -> float:
+    """The time, whole or fractional, with ``log_snr`` among ``count`` timesteps of falling ``log_snr_of``."""
+    before = bisect_right(range(count), -log_snr, key=lambda t: -log_snr_of(t)) - 1
+    value = log_snr_of(before)
+    return before if value == log_snr else before + (value - log_snr) / (value - log_snr_of(before + 1))

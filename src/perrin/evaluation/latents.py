@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from perrin.errors import ArgumentError, DataError
@@ -61,21 +62,34 @@ class Latents:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
-            settings = Settings(**json.loads(str(arrays["settings"])))
-            states = tuple(_state(arrays, name) for name in STATES if name in arrays)
+            settings = _SETTINGS.validate_json(str(arrays["settings"]))
+            states = tuple(torch.from_numpy(arrays[name]) for name in STATES if name in arrays)
             indices = arrays["indices"].tolist()
             labels = torch.from_numpy(arrays["labels"]) if "labels" in arrays else None
-        except (ValueError, KeyError, TypeError, EOFError, BadZipFile, AttributeError):
+        except OSError as error:
+            if error.filename is not None:  # the file cannot be opened, which says so itself
+                raise
+            raise DataError(f"{path} is damaged: {error}") from None
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            EOFError,
+            BadZipFile,
+            AttributeError,
+            NotImplementedError,
+        ):
             raise DataError(f"{path} holds no latents of perrin invert") from None
-        if not states or len({state.shape for state in states}) > 1 or len(states[0]) != len(indices):
+        counts = [len(states[0]) if states and states[0].ndim else 0, len(indices)]
+        counts += [] if labels is None else [labels.numel()]
+        if len({state.shape for state in states}) != 1 or len(set(counts)) > 1:
             raise DataError(f"{path} is damaged: its arrays do not fit together")
-        if not all(bool(torch.isfinite(state).all()) for state in states):
-            raise DataError(f"{path} is damaged: it holds values that are not finite")
+        if not all(state.is_floating_point() and bool(torch.isfinite(state).all()) for state in states):
+            raise DataError(f"{path} is damaged: it holds values that are no finite numbers")
         return cls(settings, states, indices, labels)
 
 
-def _state(arrays: Mapping[str, np.ndarray], name: str) -> Tensor:
-    return torch.from_numpy(arrays[name])
+_SETTINGS = TypeAdapter(Settings)
 
 
 def claim_latents(path: Path) -> None:

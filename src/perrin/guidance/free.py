@@ -120,10 +120,10 @@ def _doubled(name: str, value: Any, other: Any, rows: int) -> Any:
         return torch.cat(
             [value, torch.as_tensor(other, dtype=value.dtype, device=value.device).expand_as(value)]
         )
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         raise ArgumentError(
             f"unconditional[{name!r}] must expand to the shape {tuple(value.shape)} of the conditional one, "
-            f"got {tuple(torch.as_tensor(other).shape)}"
+            f"got {tuple(other.shape) if isinstance(other, Tensor) else repr(other)}"
         ) from None
 
 

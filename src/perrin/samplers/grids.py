@@ -127,7 +127,8 @@ def _even(
     *,
     noisiest: float,
 ) -> tuple[float, ...]:
-    start = max(noisiest, -2 * math.log(MAX_SIGMA))
+    farthest = -2 * math.log(MAX_SIGMA)
+    start = max(noisiest, farthest) if farthest < diffusion.log_snr(0) else noisiest
     first, last = place_of(start), place_of(diffusion.log_snr(0))
     inner = (first + (last - first) * i / (count - 1) for i in range(1, count - 1))
     return (diffusion.time_of(start), *(diffusion.time_of(log_snr_of(place)) for place in inner), 0)[:count]

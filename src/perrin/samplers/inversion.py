@@ -24,7 +24,7 @@ MEMORY = 4
 LEAST_DAMPING = 0.25
 """A share that halving does not go below: what still grows then needs another direction, not a smaller step."""
 
-_RIDGE = 1e-14  # of the trace: keeps the least squares solvable where earlier moves are alike
+_RIDGE = 10  # roundings of the trace: keeps the least squares solvable where earlier moves are alike
 
 
 class Inversion(NamedTuple):
@@ -171,7 +171,8 @@ def _proposed(best: _Trial, moves: Sequence[_Move], damping: Tensor) -> Tensor:
     changes = torch.stack([move.change.flatten(1) for move in moves], 1)  # (B, moves, D)
     places = torch.stack([move.z.flatten(1) for move in moves], 1)
     normal = torch.einsum("bmd,bnd->bmn", changes, changes)
-    ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).sum(1) + torch.finfo(normal.dtype).tiny
+    rounding = torch.finfo(normal.dtype)
+    ridge = _RIDGE * rounding.eps * normal.diagonal(dim1=1, dim2=2).sum(1) + rounding.tiny
     normal = normal + torch.diag_embed(ridge[:, None].expand(normal.shape[:2]))
     right = torch.einsum("bmd,bd->bm", changes, best.change.flatten(1))
     weights = torch.linalg.solve(normal, right)[..., None]  # (B, moves, 1)

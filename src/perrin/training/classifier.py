@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import DataError, RunError
+from perrin.errors import DataError, PerrinError, RunError
 from perrin.files import write_text, written_aside
 from perrin.networks import Encoder
 from perrin.randomness import seed_of
@@ -99,7 +100,7 @@ class ClassifierFacts:
     chain: ChainMark
     encoder: EncoderConfig
     step: int
-    bands: tuple[BandAccuracy, ...]
+    bands: Annotated[tuple[BandAccuracy, ...], Field(min_length=1)]
     """From the least noise to the most."""
     weights: str
     """Name of the file beside this one."""
@@ -163,10 +164,13 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
         raise RunError(f"{folder} holds no classifier: `perrin train-classifier RUN` trains one")
     facts = _read_facts(file)
     try:
+        network = facts.encoder.build(facts.shape, len(facts.classes))
+    except PerrinError as error:
+        raise RunError(f"{file} is damaged ({error}); train it again") from None
+    try:
         state = load_file(folder / facts.weights)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder / facts.weights} is missing or damaged ({error}); train it again") from None
-    network = facts.encoder.build(facts.shape, len(facts.classes))
     check_fit(network.state_dict(), state, str(folder / facts.weights))
     network.load_state_dict(state)
     return network.requires_grad_(False).eval().to(device), facts
