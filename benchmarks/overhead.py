@@ -1,4 +1,4 @@
-"""What a sampling step and a training loss cost beside the network: perrin, diffusers, and a loop by hand.
+"""What a sampling step costs beside the network: perrin, diffusers, and loops by hand.
 
 Every case runs once in each round, in one process and one thread, so that a busy moment of the machine falls on
 all of them; the figures are medians over the rounds of that thread's CPU time, in which time spent waiting for a
@@ -11,21 +11,17 @@ of its own and subtracted.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from perrin import (
     GaussianDiffusion,
@@ -33,46 +29,34 @@ from perrin import (
     ModelVarType,
     SamplerDDIM,
     SamplerDDPM,
-    __version__,
     get_named_beta_schedule,
 )
-from perrin.samplers import SampleNoise, Sampler
+from perrin.samplers import SAMPLERS, Memory, SampleNoise, Sampler, SamplerDPM
+from timing import NETWORK, Loop, Result, machine, measure, table
 
-SHAPE = (16, 3, 32, 32)
+SMALL, LARGE = (16, 3, 32, 32), (4, 3, 256, 256)
 T = 1000
-STEPS = 200
-LOSSES = 20
-"""Calls of a loss in one round; a loss with the bound takes as long as many steps."""
+STEPS = {SMALL: 200, LARGE: 50}
 
 SCHEDULERS: Any = diffusers
 """diffusers, whose constructors have no types."""
 
+Shape = tuple[int, ...]
 Network = Callable[[Tensor, Tensor], Tensor]
-Loop = Callable[[], int]
-"""A case: runs, and says how many steps that was."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """Microseconds of CPU per step with the network's own time subtracted: median and quartiles over the rounds."""
-
-    name: str
-    median: float
-    low: float
-    high: float
 
 
 class Setting:
-    """The tensors that all cases share, the networks, and the coefficients of the loops by hand."""
+    """The tensors that all cases share, the networks, and the levels of the loops by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape, steps: int) -> None:
         draw = torch.Generator().manual_seed(0)
-        self.x = torch.randn(SHAPE, generator=draw)
-        self.noise = torch.randn(SHAPE, generator=draw)
-        self.x_start = torch.randint(256, SHAPE, generator=draw) / 127.5 - 1
-        self.t = torch.randint(T, SHAPE[:1], generator=draw)
-        self.eps = torch.randn(SHAPE, generator=draw)
-        self.both = torch.cat([self.eps, 0.3 * torch.randn(SHAPE, generator=draw)], 1)
+        self.shape, self.steps = shape, steps
+        self.x = torch.randn(shape, generator=draw)
+        self.noise = torch.randn(shape, generator=draw)
+        self.x_start = torch.randint(256, shape, generator=draw) / 127.5 - 1
+        self.t = torch.randint(T, shape[:1], generator=draw)
+        self.eps = torch.randn(shape, generator=draw)
+        self.both = torch.cat([self.eps, 0.3 * torch.randn(shape, generator=draw)], 1)
         self.betas = get_named_beta_schedule("linear", T)
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
@@ -98,27 +82,30 @@ class Setting:
 
     def levels(self) -> Iterator[tuple[float, float]]:
         """The signal at each step of a loop by hand and at the next one."""
-        visited = [*self.signal[torch.linspace(0, T - 1, STEPS).long()].tolist()[::-1], 1.0]
+        visited = [*self.signal[torch.linspace(0, T - 1, self.steps).long()].tolist()[::-1], 1.0]
         return pairwise(visited)
 
 
 # perrin
 
 
-def perrin_steps(setting: Setting, sampler: Sampler) -> Loop:
-    """The step rule alone, its noise from torch.randn as in the other libraries' steps."""
-    denoise = sampler.denoiser(setting.network_for(sampler.diffusion))
-    pairs = list(pairwise(sampler.times))
+def perrin_steps(setting: Setting, sampler: Sampler, clip: bool = True, read: bool = False) -> Loop:
+    """The step rule alone, its noise from torch.randn as in the other libraries' steps; x_0 too with ``read``."""
+    pairs, network = list(pairwise(sampler.times)), setting.network_for(sampler.diffusion)
 
     def draw() -> Tensor:
-        return torch.randn(SHAPE)
+        return torch.randn(setting.shape)
 
     @torch.no_grad()
     def loop() -> int:
-        x = setting.x
+        denoise, x, memory = sampler.denoiser(network, clip), setting.x, Memory()
         for t, s in pairs:
-            x = sampler.step(denoise, x, t, s, draw).sample
-        return STEPS
+            stepped = sampler.step(denoise, x, t, s, draw, memory)
+            if read:
+                _ = stepped.pred_xstart
+            x, memory = stepped.sample, stepped.memory
+            del stepped  # which holds what makes x_0
+        return len(pairs)
 
     return loop
 
@@ -128,24 +115,8 @@ def perrin_sampling(setting: Setting, sampler: Sampler) -> Loop:
     network = setting.network_for(sampler.diffusion)
 
     def loop() -> int:
-        sampler.sample(network, SHAPE, seed=0)
-        return STEPS
-
-    return loop
-
-
-def perrin_loss(setting: Setting, hybrid: bool) -> Loop:
-    diffusion = (
-        setting.diffusion(ModelVarType.LEARNED_RANGE, LossType.RESCALED_MSE)
-        if hybrid
-        else setting.diffusion()
-    )
-    network = setting.network_for(diffusion)
-
-    def loop() -> int:
-        for _ in range(LOSSES):
-            diffusion.training_losses(network, setting.x_start, setting.t, noise=setting.noise)["loss"].mean()
-        return LOSSES
+        sampler.sample(network, setting.shape, seed=0)
+        return setting.steps
 
     return loop
 
@@ -154,37 +125,29 @@ def perrin_loss(setting: Setting, hybrid: bool) -> Loop:
 
 
 def diffusers_ddim(setting: Setting) -> Loop:
-    scheduler = SCHEDULERS.DDIMScheduler(T, trained_betas=setting.betas)
-    scheduler.set_timesteps(STEPS)
+    return _diffusers_loop(setting, SCHEDULERS.DDIMScheduler(T, trained_betas=setting.betas), setting.network)
+
+
+def diffusers_2m(setting: Setting) -> Loop:
+    scheduler = SCHEDULERS.DPMSolverMultistepScheduler(T, trained_betas=setting.betas)
     return _diffusers_loop(setting, scheduler, setting.network)
 
 
 def diffusers_ddpm(setting: Setting, variance_type: str) -> Loop:
     scheduler = SCHEDULERS.DDPMScheduler(T, trained_betas=setting.betas, variance_type=variance_type)
-    scheduler.set_timesteps(STEPS)
     network = setting.learned if variance_type == "learned_range" else setting.network
     return _diffusers_loop(setting, scheduler, network)
 
 
-def _diffusers_loop(setting: Setting, scheduler: Any, network: Network) -> Loop:
+def _diffusers_loop(setting: Setting, fresh: Any, network: Network) -> Loop:
+    fresh.set_timesteps(setting.steps)
+
     @torch.no_grad()
     def loop() -> int:
-        x = setting.x
+        x, scheduler = setting.x, copy.deepcopy(fresh)  # a scheduler counts its steps
         for t in scheduler.timesteps:
             x = scheduler.step(network(x, t), t, x).prev_sample
-        return STEPS
-
-    return loop
-
-
-def diffusers_loss(setting: Setting) -> Loop:
-    scheduler = SCHEDULERS.DDPMScheduler(T, trained_betas=setting.betas)
-
-    def loop() -> int:
-        for _ in range(LOSSES):
-            x_t = scheduler.add_noise(setting.x_start, setting.noise, setting.t)
-            mse_loss(setting.network(x_t, setting.t), setting.noise)
-        return LOSSES
+        return len(scheduler.timesteps)
 
     return loop
 
@@ -210,7 +173,51 @@ def hand_ddim(setting: Setting) -> Loop:
         for u, v, p, q in coefficients:
             x_start = (x * u).add_(setting.network(x, setting.t), alpha=v).clamp_(-1, 1)
             x = (x * p).add_(x_start, alpha=q)
-        return STEPS
+        return setting.steps
+
+    return loop
+
+
+def hand_ddim_in_place(setting: Setting) -> Loop:
+    """The same x_s without an x_0 in memory: what is clipped is alpha x_0, and x_s takes its place."""
+    coefficients = [
+        (
+            now**0.5,
+            -((1 - now) ** 0.5),
+            ratio := ((1 - then) / (1 - now)) ** 0.5,
+            (then / now) ** 0.5 - ratio,
+        )
+        for now, then in setting.levels()
+    ]
+
+    @torch.no_grad()
+    def loop() -> int:
+        x = setting.x
+        for alpha, v, p, q in coefficients:
+            scaled = torch.add(x, setting.network(x, setting.t), alpha=v).clamp_(-alpha, alpha)
+            x = scaled.mul_(q).add_(x, alpha=p)
+        return setting.steps
+
+    return loop
+
+
+def hand_2m(setting: Setting) -> Loop:
+    # x_0 = u x + v eps; x_s = p x + q x_0 + r (the x_0 before)
+    ratio, coefficients = 0.0, []
+    for now, then in setting.levels():
+        kept = ((1 - then) / (1 - now)) ** 0.5
+        gained = then**0.5 - kept * now**0.5
+        change = 0.5 * ratio * gained if then < 1 else 0.0
+        coefficients.append((now**-0.5, -(((1 - now) / now) ** 0.5), kept, gained + change, -change))
+        ratio = 1.0  # how much longer this step is than the one before: of no matter to the time it takes
+
+    @torch.no_grad()
+    def loop() -> int:
+        x = before = setting.x
+        for u, v, p, q, r in coefficients:
+            x_start = (x * u).add_(setting.network(x, setting.t), alpha=v)
+            x, before = (x * p).add_(x_start, alpha=q).add_(before, alpha=r), x_start
+        return setting.steps
 
     return loop
 
@@ -240,21 +247,8 @@ def hand_ddpm(setting: Setting) -> Loop:
             eps, extra = setting.learned(x, setting.t).chunk(2, dim=1)
             x_start = (x * u).add_(eps, alpha=v).clamp_(-1, 1)
             std = (extra * r).add_(w).exp_()
-            x = (x * p).add_(x_start, alpha=q).addcmul_(std, torch.randn(SHAPE))
-        return STEPS
-
-    return loop
-
-
-def hand_loss(setting: Setting) -> Loop:
-    alphas, sigmas = setting.signal.sqrt().float(), (1 - setting.signal).sqrt().float()
-
-    def loop() -> int:
-        for _ in range(LOSSES):
-            alpha, sigma = alphas[setting.t, None, None, None], sigmas[setting.t, None, None, None]
-            x_t = (alpha * setting.x_start).addcmul_(setting.noise, sigma)
-            (setting.noise - setting.network(x_t, setting.t)).square_().mean()
-        return LOSSES
+            x = (x * p).add_(x_start, alpha=q).addcmul_(std, torch.randn(setting.shape))
+        return setting.steps
 
     return loop
 
@@ -262,128 +256,118 @@ def hand_loss(setting: Setting) -> Loop:
 # What none of them can save
 
 
-def network_alone(setting: Setting) -> Loop:
+def repeated(setting: Setting, call: Callable[[], object]) -> Loop:
     def loop() -> int:
-        for _ in range(STEPS):
-            setting.network(setting.x, setting.t)
-        return STEPS
+        for _ in range(setting.steps):
+            call()
+        return setting.steps
 
     return loop
 
 
-def randn(setting: Setting) -> Loop:
-    def loop() -> int:
-        for _ in range(STEPS):
-            torch.randn(SHAPE)
-        return STEPS
-
-    return loop
-
-
-def sample_noise(setting: Setting) -> Loop:
-    noise = SampleNoise(0, range(SHAPE[0]))
-    noise.initial(SHAPE, "cpu")
-
-    def loop() -> int:
-        for _ in range(STEPS):
-            noise(setting.x)
-        return STEPS
-
-    return loop
-
-
-def cases(setting: Setting) -> dict[str, Loop]:
-    """Every case by name."""
-    ddim = SamplerDDIM(setting.diffusion(), STEPS)
-    fixed = SamplerDDPM(setting.diffusion(), STEPS)
-    learned = SamplerDDPM(setting.diffusion(ModelVarType.LEARNED_RANGE), STEPS)
+def deterministic_cases(setting: Setting) -> dict[str, Loop]:
+    """DDIM and 2M by name."""
+    ddim, dpm = (
+        SamplerDDIM(setting.diffusion(), setting.steps),
+        SamplerDPM(setting.diffusion(), setting.steps),
+    )
     return {
-        "network": network_alone(setting),
-        "noise draw, torch.randn": randn(setting),
-        "noise draw, a stream per sample": sample_noise(setting),
+        NETWORK: repeated(setting, lambda: setting.network(setting.x, setting.t)),
         "DDIM step, perrin": perrin_steps(setting, ddim),
+        "DDIM step and its x_0, perrin": perrin_steps(setting, ddim, read=True),
         "DDIM step, diffusers": diffusers_ddim(setting),
         "DDIM step, by hand": hand_ddim(setting),
+        "DDIM step, by hand without x_0": hand_ddim_in_place(setting),
         "DDIM sampling per step, perrin": perrin_sampling(setting, ddim),
+        "2M step, perrin": perrin_steps(setting, dpm, clip=False),
+        "2M step clipped, perrin": perrin_steps(setting, dpm),
+        "2M step, diffusers": diffusers_2m(setting),
+        "2M step, by hand": hand_2m(setting),
+    }
+
+
+def ancestral_cases(setting: Setting) -> dict[str, Loop]:
+    """DDPM by name, and the noise that it draws."""
+    fixed = SamplerDDPM(setting.diffusion(), setting.steps)
+    learned = SamplerDDPM(setting.diffusion(ModelVarType.LEARNED_RANGE), setting.steps)
+    noise = SampleNoise(0, range(setting.shape[0]))
+    noise.initial(setting.shape, "cpu")
+    return {
+        "noise draw, torch.randn": repeated(setting, lambda: torch.randn(setting.shape)),
+        "noise draw, a stream per sample": repeated(setting, lambda: noise(setting.x)),
         "DDPM step fixed, perrin": perrin_steps(setting, fixed),
         "DDPM step fixed, diffusers": diffusers_ddpm(setting, "fixed_small"),
         "DDPM step learned, perrin": perrin_steps(setting, learned),
         "DDPM step learned, diffusers": diffusers_ddpm(setting, "learned_range"),
         "DDPM step learned, by hand": hand_ddpm(setting),
         "DDPM sampling per step, perrin": perrin_sampling(setting, learned),
-        "MSE loss, perrin": perrin_loss(setting, hybrid=False),
-        "MSE loss, diffusers": diffusers_loss(setting),
-        "MSE loss, by hand": hand_loss(setting),
-        "hybrid loss, perrin": perrin_loss(setting, hybrid=True),
     }
 
 
-def measure(loops: dict[str, Loop], rounds: int) -> list[Result]:
-    """Each case once in every round, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for round_ in range(rounds + 1):
-        for name, loop in loops.items():
-            start = time.thread_time()
-            steps = loop()
-            if round_ > 0:
-                times[name].append((time.thread_time() - start) / steps * 1e6)
-    network = statistics.median(times.pop("network"))
-    results = [Result("network (subtracted)", network, network, network)]
-    for name, values in times.items():
-        own = 0.0 if name.startswith("noise") else network
-        low, median, high = (value - own for value in statistics.quantiles(values, n=4))
-        results.append(Result(name, median, low, high))
-    return results
+def all_samplers(setting: Setting) -> dict[str, Loop]:
+    """A step of every sampler, clipped, on its own grid."""
+    made = {name: make(setting.diffusion(), setting.steps) for name, make in SAMPLERS.items()}
+    return {f"{name} step": perrin_steps(setting, sampler) for name, sampler in made.items()}
 
 
-def verdicts(results: list[Result]) -> list[str]:
+def ratios(shape: Shape, results: list[Result]) -> list[str]:
     """The goals, and whether this run meets them."""
     took = {result.name: result.median for result in results}
-    ddim, theirs = took["DDIM step, perrin"], took["DDIM step, diffusers"]
-    learned, draw = took["DDPM step learned, perrin"], took["noise draw, torch.randn"]
-    limit = 1.3 * draw + 120
-    return [
-        f"DDIM step {ddim:.1f} us, at most 45 us or a quarter of diffusers' ({theirs / 4:.1f} us): "
-        + ("met" if ddim <= max(45, theirs / 4) else "missed"),
-        f"DDPM step with learned variance {learned:.1f} us, at most 1.3 noise draws + 120 us ({limit:.1f} us): "
-        + ("met" if learned <= limit else "missed"),
+    goals = [
+        ("DDIM step", "DDIM step, perrin", "DDIM step, diffusers", 1 / 4),
+        ("2M step", "2M step, perrin", "2M step, diffusers", 1 / 2),
+        ("2M step clipped", "2M step clipped, perrin", "2M step, diffusers", 1 / 2),
     ]
+    lines = [
+        f"{shape} {name}: {took[ours] / took[theirs]:.3f} of diffusers', at most {goal}: "
+        + ("met" if took[ours] <= goal * took[theirs] else "missed")
+        for name, ours, theirs, goal in goals
+    ]
+    if "noise draw, torch.randn" in took:
+        learned, limit = took["DDPM step learned, perrin"], 1.3 * took["noise draw, torch.randn"] + 120
+        lines.append(
+            f"{shape} DDPM step with learned variance: {learned:.1f} us, at most 1.3 noise draws + 120 us "
+            f"({limit:.1f} us): " + ("met" if learned <= limit else "missed")
+        )
+    return lines
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": str(len(models)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "perrin": __version__,
-    }
+def options(doc: str) -> argparse.Namespace:
+    """``rounds`` and ``json``; one thread from here on."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="how often each case runs (default 15)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    given = parser.parse_args()
+    if given.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {given.rounds}")
+    torch.set_num_threads(1)
+    return given
+
+
+def report(measured: dict[Shape, list[Result]], lines: list[str], *, as_json: bool) -> None:
+    """Print what was measured, by shape, and ``lines`` after it."""
+    if as_json:
+        us = {str(shape): [asdict(result) for result in results] for shape, results in measured.items()}
+        print(json.dumps({"machine": machine(), "us": us}))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), "\n")
+    for shape, results in measured.items():
+        print(table(str(shape), results))
+    print(*lines, sep="\n")
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="how often each case runs (default 15)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error(f"--rounds must be at least 2, got {arguments.rounds}")
-    torch.set_num_threads(1)
-    results = measure(cases(Setting()), arguments.rounds)
-    if arguments.json:
-        print(json.dumps({"machine": machine(), "us": [asdict(result) for result in results]}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(f"{SHAPE} float32, one thread, {arguments.rounds} rounds of {STEPS} steps or {LOSSES} losses\n")
-    print(f"{'':<34} {'median us':>10} {'quartiles':>19}")
-    for result in results:
-        print(f"{result.name:<34} {result.median:>10.1f} {result.low:>9.1f} {result.high:>9.1f}")
-    print("", *verdicts(results), sep="\n")
+    given = options(__doc__ or "")
+    small, large = (Setting(shape, STEPS[shape]) for shape in (SMALL, LARGE))
+    measured: dict[Shape, list[Result]] = {
+        SMALL: measure(
+            deterministic_cases(small) | ancestral_cases(small) | all_samplers(small), given.rounds
+        ),
+        LARGE: measure(deterministic_cases(large), given.rounds),
+    }
+    lines = [line for shape, results in measured.items() for line in ratios(shape, results)]
+    report(measured, lines, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -127,9 +127,7 @@ def test_an_ideal_network_is_read_right_at_whole_times(mean_type: ModelMeanType)
     [
         (4, False, torch.tensor([11, 11])),
         (4.0, False, torch.tensor([11, 11])),
-        (3.5, False, torch.tensor([9.0, 9.0])),
         (4, True, torch.tensor([275.0, 275.0])),
-        (3.5, True, torch.tensor([225.0, 225.0])),
         (torch.tensor([[4], [3]]), False, torch.tensor([11, 7])),
         (torch.tensor([[4], [3]]), True, torch.tensor([275.0, 175.0])),
     ],

@@ -39,7 +39,8 @@ def test_a_respaced_chain_has_the_tables_of_its_betas() -> None:
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_the_network_sees_the_training_timestep(rescale: bool) -> None:
-    diffusion = chain(rescale_timesteps=rescale).respaced([3, 10, 99]).respaced([1, 2])
+    whole = chain(rescale_timesteps=rescale)
+    diffusion = whole.respaced([3, 10, 99]).respaced([1, 2])
     scale = 10 if rescale else 1
     expected = [scale * 10, scale * 99]
     for times in (
@@ -49,7 +50,8 @@ def test_the_network_sees_the_training_timestep(rescale: bool) -> None:
         assert times.dtype is (torch.float32 if rescale else torch.int64)
     assert diffusion.network_time(torch.tensor([0, 1]), torch.zeros(2, 1)).tolist() == expected
     assert diffusion.network_time(1, torch.zeros(3, 1)).tolist() == [expected[1]] * 3
-    assert diffusion.network_time(0.5, torch.zeros(1, 1)).tolist() == [scale * 54.5]
+    amid = whole.time_of((whole.log_snr(10) + whole.log_snr(99)) / 2)
+    assert diffusion.network_time(0.5, torch.zeros(1, 1)).tolist() == [pytest.approx(scale * amid, rel=1e-6)]
     assert diffusion.num_timesteps == 2
 
 

@@ -1,7 +1,7 @@
 """What both samplers share: the loop, the times, the noise and what the network is called with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,11 +17,8 @@ from perrin import (
     SamplerDDPM,
     get_named_beta_schedule,
 )
-from perrin.denoiser import Time
 from perrin.errors import ArgumentError, ShapeError
-from perrin.guidance import Guided
 from perrin.oracles import GaussianData, Oracle, arbitrary, normal
-from perrin.parameterization import Denoised
 from perrin.samplers import SampleNoise, Sampler
 from perrin.schedules import zero_terminal_snr
 
@@ -406,75 +403,3 @@ def test_single_steps_refuse_a_t_out_of_range(make: Callable[..., Sampler], t: l
     step = sampler.p_sample if hasattr(sampler, "p_sample") else sampler.ddim_sample
     with pytest.raises(ArgumentError, match="t must be from 0 to 2"):
         step(lambda x, t: x, normal(2, 2), torch.tensor(t))
-
-
-# Grids, guidance and starting part of the way
-
-
-@each_sampler
-def test_network_calls_are_counted_honestly(make: Callable[..., Sampler]) -> None:
-    calls = 0
-    inner = network_for(diffusion())
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return inner(x, t)
-
-    sampler = make(diffusion(), 7)
-    sampler.sample(network, (2, 3))
-    assert calls == sampler.network_calls
-
-
-@each_sampler
-def test_a_sampler_below_a_time_goes_on_as_the_whole_one(make: Callable[..., Sampler]) -> None:
-    chain = diffusion()
-    network, sampler = network_for(chain), make(chain, 6)
-    states = list(sampler.sample_progressive(network, (3, 4), noise_fn=lambda x, t: 0.1 * x))
-    later = sampler.below(sampler.times[2] + 0.5)
-    assert later.times == sampler.times[2:]
-    again = later.sample(network, (3, 4), noise=states[1]["sample"], noise_fn=lambda x, t: 0.1 * x)
-    torch.testing.assert_close(again, states[-1]["sample"])
-
-
-def test_nothing_is_below_the_last_time() -> None:
-    with pytest.raises(
-        ArgumentError, match=r"t must be at least 0, the last of the sampler's times, got -0.5"
-    ):
-        SamplerDDIM(diffusion(), 5).below(-0.5)
-
-
-def test_ancestral_sampling_rounds_a_grid_to_whole_times() -> None:
-    assert any(t != int(t) for t in SamplerDDIM(diffusion(), 7, grid="karras").times)
-    assert all(isinstance(t, int) for t in SamplerDDPM(diffusion(), 7, grid="karras").times)
-
-
-def test_a_network_of_the_previous_x_has_whole_times_only() -> None:
-    times = SamplerDDIM(diffusion(ModelMeanType.PREVIOUS_X), 7, grid="log-snr").times
-    assert len(times) == 8
-    assert all(isinstance(t, int) for t in times)
-
-
-@each_sampler
-def test_guidance_is_applied_in_order(make: Callable[..., Sampler]) -> None:
-    @dataclass(frozen=True)
-    class Affine(Guided):
-        gain: float
-        shift: float
-
-        def raw(self, x: Tensor, t: Time) -> Denoised:
-            raw = self.denoiser.raw(x, t)
-            return replace(raw, x_start=self.gain * raw.x_start + self.shift)
-
-    chain = diffusion(ModelMeanType.START_X)
-    guidance = [lambda d: Affine(d, 2.0, 0.0), lambda d: Affine(d, 1.0, 0.1)]
-    *_, last = make(chain, 3).sample_progressive(
-        lambda x, t: torch.full_like(x, 0.2), (1, 2), guidance=guidance
-    )
-    torch.testing.assert_close(last["pred_xstart"], torch.full((1, 2), 0.5))
-
-
-def test_single_steps_are_of_whole_times() -> None:
-    sampler = SamplerDDIM(diffusion(), 7, grid="karras")
-    with pytest.raises(ArgumentError, match="a single step needs a grid of whole times, got 'karras'"):
-        sampler.ddim_sample(network_for(diffusion()), normal(1, 3), torch.tensor([1]))

@@ -74,7 +74,7 @@ def test_the_error_is_far_below_that_of_ddim() -> None:
 def test_gamma_zero_is_ddim() -> None:
     diffusion, x = chain(), normal(3, 2, 4)
     network = Oracle(MixtureData(), diffusion)
-    plain = SamplerDDIM(diffusion, 15).sample(network, x.shape, noise=x)
+    plain = SamplerDDIM(diffusion, 15, grid="log-snr").sample(network, x.shape, noise=x)
     still = SamplerBDIA(diffusion, 15, gamma=0.0).sample(network, x.shape, noise=x)
     torch.testing.assert_close(still, plain, rtol=1e-9, atol=1e-9)
 

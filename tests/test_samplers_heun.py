@@ -142,9 +142,9 @@ def test_a_step_to_half_the_noise_trusts_only_the_second_prediction() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"churn": -1.0}, "churn must be at least 0, got -1"),
-        ({"churn": math.nan}, "churn must be at least 0, got nan"),
-        ({"churn_noise": -0.1}, "churn_noise must be at least 0, got -0.1"),
+        ({"churn": -1.0}, "churn must be at least 0 and finite, got -1"),
+        ({"churn": math.nan}, "churn must be at least 0 and finite, got nan"),
+        ({"churn_noise": -0.1}, "churn_noise must be at least 0 and finite, got -0.1"),
         (
             {"churn_min": -1.0},
             "churn_min and churn_max must be 0 <= churn_min <= churn_max, got -1.0 and inf",
@@ -155,3 +155,13 @@ def test_a_step_to_half_the_noise_trusts_only_the_second_prediction() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         SamplerHeun(DIFFUSION, 5, **options)
+
+
+def test_the_rest_of_a_churned_walk_adds_the_same_noise() -> None:
+    diffusion = GaussianDiffusion(betas=get_named_beta_schedule("linear", 1000))
+    sampler = SamplerHeun(diffusion, 20, churn=4.0)
+    network, noise = Oracle(GaussianData(), diffusion), lambda x, t: 0.3 + 0 * x
+    states = list(sampler.sample_progressive(network, (2, 3), noise=normal(2, 3), noise_fn=noise))
+    rest = sampler.at_times(sampler.times[12:])
+    again = rest.sample(network, (2, 3), noise=states[11]["sample"], noise_fn=noise)
+    torch.testing.assert_close(again, states[-1]["sample"])

@@ -9,7 +9,7 @@ import torch
 from perrin import mean_flat
 from perrin.diffusion import GaussianDiffusion
 from perrin.schedules import cosine_betas
-from perrin.tensors import Tables, affine, append_dims, gather, mix, root, scale
+from perrin.tensors import Tables, affine, append_dims, gather, mix, root, scale, scale_
 
 
 def test_mean_flat_keeps_the_first_dimension() -> None:
@@ -53,6 +53,20 @@ def test_mix_and_scale_combine_coefficients_in_float64_before_the_cast() -> None
     x = torch.ones(2, 3)
     torch.testing.assert_close(scale(third, x), torch.full((2, 3), 1 / 3), rtol=0, atol=0)
     torch.testing.assert_close(affine(third, x, third), torch.full((2, 3), 2 / 3), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("a", [0.0, -0.7, 1e-6])
+def test_scaling_in_place_is_scaling(a: float) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    expected = a * x
+    assert scale_(a, x) is x
+    torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
+def test_scaling_in_place_has_a_gradient() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    scale_(3.0, x + 1).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2, 3), 3.0))
 
 
 def test_root_of_a_rounded_negative_is_zero() -> None:

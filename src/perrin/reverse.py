@@ -16,6 +16,7 @@ from torch import Tensor
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import ForwardProcess, Step, filled
+from perrin.noise import time_between
 from perrin.parameterization import Denoised, ModelMeanType, output_pair, reading
 from perrin.schedules import respaced_tables
 from perrin.tensors import Coefficient, mix
@@ -48,6 +49,7 @@ class ReverseProcess(ForwardProcess):
         self.model_var_type = model_var_type
         self.rescale_timesteps = rescale_timesteps
         self.original_num_timesteps = self.num_timesteps
+        self.original_log_snr = [self.log_snr(t) for t in range(self.num_timesteps)]
         self.variance: Variance = VARIANCES[model_var_type]
         self._add_reading(*self._output_pair(), torch.arange(self.num_timesteps))
 
@@ -134,12 +136,17 @@ class ReverseProcess(ForwardProcess):
             self.check_times(t, x)
             times = self.table("timestep_map", t.device)[t]
             return times.float() * scale if self.rescale_timesteps else times.long()
-        steps, before = self.floats["timestep_map"], int(t)
-        time, fractional = self.number("timestep_map", before), before != t
-        if fractional:
-            time += (t - before) * (steps[before + 1] - time)
-        dtype = torch.float32 if fractional or self.rescale_timesteps else torch.int64
-        return torch.full((len(x),), time * scale, dtype=dtype, device=x.device)
+        time = self.number("timestep_map", int(t)) if t == int(t) else self._original_time(t)
+        dtype = torch.int64 if t == int(t) and not self.rescale_timesteps else torch.float32
+        return torch.full((x.shape[0],), time * scale, dtype=dtype, device=x.device)
+
+    def _original_time(self, t: float) -> float:
+        """The time of the level at the fractional ``t`` among the timesteps that the network was trained at."""
+        if self.num_timesteps == self.original_num_timesteps:
+            return t
+        values = self.original_log_snr
+        log_snr = min(max(self.level_of_batch(t).log_snr, values[-1]), values[0])
+        return time_between(values.__getitem__, len(values), log_snr)
 
     def output(self, model: Model, x: Tensor, t: Step | float, model_kwargs: ModelKwargs = None) -> Tensor:
         """The network's output at x_t, at least in the precision of ``x``.
@@ -172,12 +179,18 @@ class ReverseProcess(ForwardProcess):
         """What ``output`` says of x_t; x_start through ``denoised_fn``, then clipped to [-1, 1], eps to match."""
         mean, extra = self._halves(output, x)
         previous = mean if self.model_mean_type is ModelMeanType.PREVIOUS_X else None
-        x_start = mix(*self._rule("xstart", t, x, mean))
-        if clip_denoised and denoised_fn is None:  # in place, since nobody else holds x_start yet
-            x_start.clamp_(-1, 1)
+        clipped = clip_denoised and denoised_fn is None
+        x_start = self.x_start(output, x, t, clip_denoised=clipped)
+        if clipped:
             return Denoised(x_start, lambda: self.predict_eps_from_xstart(x, t, x_start), extra, previous)
         raw = Denoised(x_start, lambda: mix(*self._rule("eps", t, x, mean)), extra, previous)
         return self.processed(raw, x, t, clip_denoised, denoised_fn)
+
+    def x_start(self, output: Tensor, x: Tensor, t: Step | float, *, clip_denoised: bool = False) -> Tensor:
+        """The x_start of `read`, a new tensor."""
+        mean, _ = self._halves(output, x)
+        x_start = mix(*self._rule("xstart", t, x, mean))
+        return x_start.clamp_(-1, 1) if clip_denoised else x_start
 
     def _rule(
         self, name: Literal["xstart", "eps"], t: Step | float, x: Tensor, mean: Tensor

@@ -59,6 +59,11 @@ def scale(a: Coefficient, x: Tensor) -> Tensor:
     return x * a.to(x.dtype) if isinstance(a, Tensor) else torch.add(_ZERO, x, alpha=a)
 
 
+def scale_(a: float, x: Tensor) -> Tensor:
+    """``x`` times ``a``, in its own memory."""
+    return x.mul_(a) if x.requires_grad else torch.add(_ZERO, x, alpha=a, out=x)  # gradients know no out
+
+
 def affine(a: Coefficient, x: Tensor, c: Coefficient) -> Tensor:
     """``a x + c`` in the dtype of ``x``, at least float32; always a new tensor."""
     scaled = scale(a, x)

@@ -71,4 +71,4 @@ def begun_at(sampler: Sampler, t: float) -> Sampler:
     if sampler.discrete or not sampler.diffusion.knows_fractional_times:
         t = round(t)
     kept = [time for time in sampler.times[:-1] if time <= t]
-    return replace(sampler, steps=None, grid=(min(t, sampler.times[0]), *kept[1:]))
+    return sampler.at_times((min(t, sampler.times[0]), *kept[1:]))

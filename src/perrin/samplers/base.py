@@ -48,11 +48,20 @@ Memory = tuple[Visit, ...]
 
 
 class Stepped(NamedTuple):
-    """What a step gives: the next x, the x_0 that was predicted on the way, and what the next step is to know."""
+    """What a step gives: the next x, the x_0 that was predicted on the way, and what the next step is to know.
+
+    A rule that can do without x_0 gives what makes it, from the step's x and the network's output: read
+    `pred_xstart` before either is changed.
+    """
 
     sample: Tensor
-    pred_xstart: Tensor
+    x_start: Tensor | Callable[[], Tensor]
     memory: Memory = ()
+
+    @property
+    def pred_xstart(self) -> Tensor:
+        """The x_0 that was predicted, shaped like the sample."""
+        return self.x_start() if callable(self.x_start) else self.x_start
 
     @property
     def state(self) -> Sample:
@@ -99,7 +108,9 @@ class Sampler(ABC):
     """Whether the rule is that of a chain, which has whole times only."""
 
     def __post_init__(self) -> None:
-        _ = self.times
+        times = self.times
+        if not isinstance(self.grid, str):  # a list of the caller's could change, and has no hash
+            object.__setattr__(self, "grid", times[:-1])
 
     @cached_property
     def times(self) -> tuple[float, ...]:
@@ -117,17 +128,9 @@ class Sampler(ABC):
         """How often the network is called for one batch of samples, without guidance."""
         return len(self.times) - 1
 
-    def below(self, t: float) -> Self:
-        """This sampler from the first of its times on that is at most ``t``, for data noised to that time.
-
-        Raises `ArgumentError` where there is none.
-        """
-        kept = [time for time in self.times[:-1] if time <= t]
-        if not kept:
-            raise ArgumentError(
-                f"t must be at least {self.times[-2]}, the last of the sampler's times, got {t}"
-            )
-        return replace(self, steps=None, grid=kept)
+    def at_times(self, times: Sequence[float]) -> Self:
+        """This rule on other ``times``, as in a list for `grid`: some of its own take the same steps there."""
+        return replace(self, steps=None, grid=tuple(times))
 
     @abstractmethod
     def step(
@@ -186,23 +189,13 @@ class Sampler(ABC):
 
         Raises `ShapeError` if ``noise`` is not of ``shape``.
         """
-        sample = torch.empty(0)
-        for state in self.sample_progressive(
-            model,
-            shape,
-            noise=noise,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            device=device,
-            progress=progress,
-            seed=seed,
-            noise_fn=noise_fn,
-            guidance=guidance,
-        ):
-            sample = state["sample"]
-        return sample
+        denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
+        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
+        x = seeded.start(noise)
+        for stepped in self._visited(denoise, x, seeded, noise_fn, progress):
+            x = stepped.sample
+            del stepped
+        return x
 
     def sample_progressive(
         self,
@@ -222,15 +215,29 @@ class Sampler(ABC):
     ) -> Iterator[Sample]:
         """The states of `sample`, with the same arguments: one after each step."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
-        seeded = SampleNoise(_fresh_seed() if seed is None else seed, range(shape[0]))
-        start = seeded.initial(shape, _device(device, noise, model, self.diffusion))
-        x = start if noise is None else with_shape(noise, start).to(start.device)
+        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
+        x = seeded.start(noise)
+        for stepped in self._visited(denoise, x, seeded, noise_fn, progress):
+            with torch.no_grad():
+                state = stepped.state
+            del stepped
+            yield state
+
+    def _visited(
+        self, denoise: Denoiser, x: Tensor, seeded: _Streams, noise_fn: NoiseFn | None, progress: bool
+    ) -> Iterator[Stepped]:
+        """All steps from ``x`` at the first of `times` on.
+
+        Drop each one before the next: what it may hold is memory that the next step then need not find elsewhere.
+        """
         memory: Memory = ()
         for t, s in _shown(list(pairwise(self.times)), progress):
             given = None if noise_fn is None else noise_like(x, noise_fn(x, t))
             with torch.no_grad():
-                x, pred_xstart, memory = self.step(denoise, x, t, s, _draw(x, given, seeded), memory)
-            yield {"sample": x, "pred_xstart": pred_xstart}
+                stepped = self.step(denoise, x, t, s, _draw(x, given, seeded), memory)
+            x, memory = stepped.sample, stepped.memory
+            yield stepped
+            del stepped
 
     def times_at(self, t: Tensor, ndim: int, later: int = 0) -> Tensor:
         """The times of the chain's steps ``t`` (B,), or ``later`` steps up, shaped to broadcast; -1 is CLEAN.
@@ -242,15 +249,40 @@ class Sampler(ABC):
             raise ArgumentError(f"a single step needs a grid of whole times, got {self.grid!r}")
         if t.device.type == "cpu" and not bool(((t >= 0) & (t < len(self.times) - 1)).all()):
             raise ArgumentError(f"t must be from 0 to {len(self.times) - 2}, got {t.tolist()}")
-        ascending = self._ascending.setdefault(t.device, torch.tensor(self.times[::-1], device=t.device))
-        return append_dims(ascending[t + 1 + later], ndim)
+        if t.device not in self._ascending:
+            self._ascending[t.device] = torch.tensor(self.times[::-1], device=t.device)
+        return append_dims(self._ascending[t.device][t + 1 + later], ndim)
 
     @cached_property
     def _ascending(self) -> dict[torch.device, Tensor]:
         return {}
 
 
-def _draw(x: Tensor, given: Tensor | None, seeded: SampleNoise) -> Draw:
+@dataclass(frozen=True)
+class _Streams:
+    """The noise of the samples, begun when it is first wanted: before, torch's default generator is left alone."""
+
+    seed: int | None
+    shape: tuple[int, ...]
+    device: torch.device | str
+
+    @cached_property
+    def _begun(self) -> tuple[SampleNoise, Tensor]:
+        noise = SampleNoise(_fresh_seed() if self.seed is None else self.seed, range(self.shape[0]))
+        return noise, noise.initial(self.shape, self.device)
+
+    def start(self, noise: Tensor | None) -> Tensor:
+        """x_T: ``noise``, or the first of the streams."""
+        if noise is None:
+            return self._begun[1]
+        return with_shape(noise, torch.empty(self.shape, device="meta")).to(self.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next noise, shaped like ``x``; never the same as the first."""
+        return self._begun[0](x)
+
+
+def _draw(x: Tensor, given: Tensor | None, seeded: _Streams) -> Draw:
     return lambda: seeded(x) if given is None else given
 
 

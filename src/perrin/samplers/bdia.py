@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from perrin.guidance import Guidance
 from perrin.parameterization import Denoised
 from perrin.reverse import CondFn, Model, ModelKwargs
 from perrin.samplers.base import Draw, Memory, Sampler, Stepped, Visit
+from perrin.samplers.grids import Grid
 from perrin.tensors import Coefficient, mix, root
 
 DATA_STD = 0.25
@@ -42,9 +43,11 @@ class SamplerBDIA(Sampler):
     path contracts; over c, which contracts as the path does, it stays small. The first step is DDIM's.
 
     ``gamma`` in [0, 1]: 0 is DDIM; with 1, the default, u and s change places in the formula and nothing else does,
-    which is why `invert` is exact. One network call a step. Raises `ArgumentError` for a ``gamma`` out of range.
+    which is why `invert` is exact. Its last step leaps too, so samples may leave [-1, 1] a little even where
+    predictions are clipped. One network call a step. Raises `ArgumentError` for a ``gamma`` out of range.
     """
 
+    grid: Grid = field(default="log-snr", kw_only=True)
     gamma: float = 1.0
 
     @property

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perrin.denoiser import Denoiser, Time
+from perrin.denoiser import Denoiser, Time, combined
 from perrin.errors import ArgumentError
 from perrin.forward import noise_like
 from perrin.guidance import Guidance
@@ -54,12 +54,13 @@ class SamplerDDIM(Sampler):
     ) -> Stepped:
         """From ``x`` at time ``t`` to the earlier time ``s``."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoise.schedule(t), denoise.schedule(s)
-        x_start = denoise(x, t).x_start
         std: Coefficient = 0.0
+        kept = sigma_s / sigma_t
         if self.eta > 0:
-            std = self.eta * sigma_s / sigma_t * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
-        kept = root(sigma_s**2 - std**2) / sigma_t
-        sample = mix(kept, x, alpha_s - kept * alpha_t, x_start)  # DDIM eq. 12, eps by x and x_start
+            std = self.eta * kept * root(1 - (alpha_t / alpha_s) ** 2)  # DDIM eq. 16
+            kept = root(sigma_s**2 - std**2) / sigma_t
+        # DDIM eq. 12, eps by x and x_start
+        sample, x_start = combined(denoise, x, t, kept, alpha_s - kept * alpha_t)
         if self.eta > 0 and not (isinstance(s, int) and s == CLEAN):
             sample = mix(1.0, sample, std, draw())
         return Stepped(sample, x_start)

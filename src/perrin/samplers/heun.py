@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Self
 
 from torch import Tensor
 
@@ -42,14 +44,19 @@ class SamplerHeun(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.churn < math.inf:
-            raise ArgumentError(f"churn must be at least 0, got {self.churn}")
+            raise ArgumentError(f"churn must be at least 0 and finite, got {self.churn}")
         if not 0 <= self.churn_min <= self.churn_max:
             raise ArgumentError(
                 f"churn_min and churn_max must be 0 <= churn_min <= churn_max, got {self.churn_min} and "
                 f"{self.churn_max}"
             )
         if not 0 <= self.churn_noise < math.inf:
-            raise ArgumentError(f"churn_noise must be at least 0, got {self.churn_noise}")
+            raise ArgumentError(f"churn_noise must be at least 0 and finite, got {self.churn_noise}")
+
+    def at_times(self, times: Sequence[float]) -> Self:
+        """This rule on other ``times``, with the same share of noise added in each step."""
+        later = super().at_times(times)
+        return replace(later, churn=self.churn * (len(later.times) - 1) / (len(self.times) - 1))
 
     @property
     def network_calls(self) -> int:

@@ -49,8 +49,8 @@ def number(t: Time) -> float:
 
 def level_of(denoise: Denoiser, t: Time) -> Level:
     """The noise level at time ``t``. Raises `ArgumentError` if ``t`` is a tensor."""
-    alpha, sigma = denoise.schedule(number(t))
-    return Level(float(alpha), float(sigma))
+    level = denoise.schedule(number(t))
+    return level if isinstance(level, Level) else Level(*map(float, level))
 
 
 def seen_at(denoise: Denoiser, visits: Memory) -> list[Seen]:
