@@ -16,7 +16,7 @@ from perrin.likelihood.dequantization import TruncatedNormal, Uniform
 from perrin.likelihood.flow import Exact, Flow, Hutchinson
 from perrin.likelihood.timesteps import BestTimesteps
 from perrin.reverse import ReverseProcess
-from perrin.samplers import SamplerDDIM, SamplerDEIS, bdia, ddim, heun, ipndm, multistep
+from perrin.samplers import SamplerDDIM, SamplerDEIS, bdia, ddim, heun, multistep
 from perrin.variance import VARIANCES, FixedVariance, ModelVarType, RangedVariance
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -253,10 +253,6 @@ def no_second_slope(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(heun, "weighted", lambda tensors, weights: tensors[0])
 
 
-def slopes_of_another_order(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ipndm, "ADAMS_BASHFORTH", ((1.0,), (1.2, -0.2), (1.2, -0.2, 0.0), (1.2, -0.2, 0.0, 0.0)))
-
-
 def moments_of_the_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SamplerDEIS, "_moments", lambda self, *step: [1.0] * self.order)
 
@@ -300,7 +296,6 @@ FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
     ),
     (nothing_extrapolated, ("solver: order of dpm*", "solver: order of unipc*")),
     (no_second_slope, ("solver: order of heun",)),
-    (slopes_of_another_order, ("solver: order of ipndm",)),
     (moments_of_the_end, ("solver: order of deis",)),
     (leap_too_short, ("solver: order of bdia",)),
     (inversion_stops_early, ("ddim: inversion, order", "ddim: round trip, order")),

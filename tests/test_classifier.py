@@ -218,7 +218,7 @@ def test_its_settings_change_what_is_learned(tmp_path: Path) -> None:
         ({"config": replace(CONFIG, encoder=replace(ENCODER, channels=16))}, "channels 8, asked for 16"),
         ({"diffusion": GaussianDiffusion(betas=linear_betas(40))}, "for another chain: choose another --out"),
         ({"classes": ("up", "down")}, r"classes \['above', 'below'\], asked for \['up', 'down'\]"),
-        ({"run": RunConfig(data=DataConfig(held_out=0.5))}, "held_out 0.25, asked for 0.5"),
+        ({"run": RunConfig(data=DataConfig(held_out=0.5))}, "held-out 0.25, asked for 0.5"),
         ({"dataset": replace(halves(), facts=replace(halves().facts, fingerprint="x"))}, "data mark, asked"),
     ],
 )
@@ -235,9 +235,31 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_bytes((tmp_path / STATE_FILE).read_bytes()[:1000])
     with pytest.raises(RunError, match=r"state.pt is damaged .*; delete it to start again"):
         train(2, task(tmp_path))
-    torch.save({"step": 3}, tmp_path / STATE_FILE)
-    with pytest.raises(RunError, match=r"state.pt is not of a classifier: choose another --out"):
-        train(2, task(tmp_path))
+    for other in ({"step": 3}, torch.zeros(2)):
+        torch.save(other, tmp_path / STATE_FILE)
+        with pytest.raises(RunError, match=r"was not made by perrin train-classifier: choose another place"):
+            train(2, task(tmp_path))
+
+
+def test_a_foreign_state_that_cannot_be_read_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(b"mine")
+    with pytest.raises(RunError, match=r"was not made by perrin train-classifier: choose another place$"):
+        task(tmp_path).check()
+
+
+def test_damaged_facts_are_written_anew_by_training_on(tmp_path: Path) -> None:
+    train(1, task(tmp_path))
+    (tmp_path / FACTS_FILE).write_text("{")
+    train(2, task(tmp_path))
+    assert load_classifier(tmp_path)[1].step == 2
+
+
+def test_all_files_may_be_read_by_whom_the_folder_s_owner_lets(tmp_path: Path) -> None:
+    train(1, task(tmp_path))
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {plain.stat().st_mode}
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 @pytest.mark.parametrize(

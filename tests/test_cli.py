@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+import tyro
 
 from cli_helpers import error_of
 from perrin import __version__
@@ -13,6 +16,7 @@ from perrin.cli.main import COMMANDS, main
 from perrin.cli.overrides import registry, short_flags
 from perrin.cli.train import Options, read
 from perrin.config import MLPConfig, RunConfig, UNetConfig, decode
+from perrin.errors import ConfigError
 
 
 def config_of(*args: str) -> RunConfig:
@@ -76,9 +80,14 @@ def test_an_unknown_command_lists_the_known_ones(args, found, capsys):
     ("args", "message"),
     [
         (["--lrr", "3"], "unrecognized options: --lrr, 3 (perhaps you meant --lr FLOAT)"),
-        (["--lr", "a"], "--lr: could not convert string to float: 'a' (expected --lr FLOAT)"),
+        (["--lr", "a"], "--lr must be a number, got 'a'"),
         (["--lr", "-1"], "command line: training.lr = -1.0: input should be greater than 0"),
-        (["--steps"], "missing value for argument '--steps'. Expected 1 values."),
+        (["--steps"], "missing value for argument '--steps'. Expected 1 value."),
+        (["--steps", "abc"], "--steps must be a whole number, got 'abc'"),
+        (
+            ["--channel-mult", "1", "2", "b"],
+            "--channel-mult takes whole numbers, got 1 2 b: what belongs to no flag goes before --channel-mult",
+        ),
         (["--steps", "0"], "command line: training.steps = 0: input should be greater than or equal to 1"),
         (
             ["--schedule", "cos"],
@@ -168,6 +177,46 @@ def test_a_mistake_is_one_line_whatever_the_terminal_can_show(encoding):
 
 def test_text_that_is_no_box_becomes_one_line():
     assert one_line("some\n  text\n") == "some text"
+
+
+@dataclass(frozen=True)
+class Several:
+    """Flags of several kinds."""
+
+    count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 1
+    share: float = 0.5
+    steps: tuple[int, ...] = ()
+    size: tuple[int, int] | None = None
+    near: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = None
+    named: tuple[str, int] | None = None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("-n x", "-n/--count must be a whole number, got 'x'"),
+        ("--share x", "--share must be a number, got 'x'"),
+        (
+            "--steps 10 20 DATA",
+            "--steps takes whole numbers, got 10 20 DATA: what belongs to no flag goes before --steps",
+        ),
+        ("--steps x", "--steps takes whole numbers, got x"),
+        ("--size 1", "--size takes 2 whole numbers, got 1"),
+        ("--size", "--size takes 2 whole numbers, got nothing"),
+        ("--size 1 x", "--size takes 2 whole numbers, got 1 x"),
+        ("--size 1 2 3", "--size takes 2 whole numbers, got 1 2 3"),
+        (
+            "--size 1 2 x",
+            "--size takes 2 whole numbers, got 1 2 x: what belongs to no flag goes before --size",
+        ),
+        ("--near 1", "--near takes 2 numbers (LOW HIGH), got 1"),
+        ("--named a b", "--named takes STR INT, got a b"),
+    ],
+)
+def test_values_of_another_kind_are_told_without_the_parser_s_own_words(args, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(Several, args.split(), command="several")
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("row", ["--beta-2", "--beta PATH", "--beta; by default 3.", "--beta, as above."])

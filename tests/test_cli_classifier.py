@@ -78,9 +78,28 @@ def test_it_goes_on_in_the_runs_own_folder_and_prints_a_table(
             for line in output.out.splitlines()
         )
     assert output.err.count("cross entropy") == 2
+    note = f"classifier {runs['plain'] / 'classifier'}: 3 classes; 20 examples, of which 6 are held out; on "
+    assert output.err.count(note) == 2
     assert error_of([*command, "--steps", "5", "--lr", "0.1"]).endswith(
         "holds a classifier with lr 0.001, asked for 0.1: choose another --out"
     )
+
+
+def test_a_folder_of_something_else_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    foreign = tmp_path / "state"
+    foreign.mkdir()
+    (foreign / "state.pt").write_text("mine")
+    checkpoint = next((runs["plain"] / "checkpoints").iterdir())
+    for place in (runs["plain"], checkpoint, tmp_path, foreign, tmp_path / "mine.txt"):
+        before = sorted(place.iterdir()) if place.is_dir() else []
+        assert error_of([str(runs["plain"]), "--steps", "2", "--out", str(place), *SMALL]) == (
+            f"{place} exists and was not made by perrin train-classifier: choose another place"
+        )
+        assert (sorted(place.iterdir()) if place.is_dir() else []) == before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".state.77.tmp.pt").write_text("left by a killed write")
+    assert answer([str(runs["plain"]), "--steps", "2", "--out", str(tmp_path / "empty"), *SMALL])["step"] == 2
 
 
 def test_minutes_are_a_budget_too(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -167,7 +186,9 @@ def test_vectors_are_refused(tmp_path: Path) -> None:
         (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
         (["--lr", "0"], "--lr must be above 0, got 0.0"),
         (["--weight-decay", "-1"], "--weight-decay must be at least 0, got -1.0"),
-        (["--dropout", "1"], "dropout must lie in [0, 1), got 1.0"),
+        (["--dropout", "1"], "--dropout must lie in [0, 1), got 1.0"),
+        (["--num-heads", "3"], "--num-heads must divide the 32 channels of an attention layer, got 3"),
+        (["--attention-levels", "9"], "--attention-levels must lie in 0 to"),
         (["--channel-mult", "1", "1", "1", "1", "1"], "height and width must be multiples of"),
         (["--step", "3"], "unrecognized options: --step"),
     ],

@@ -10,6 +10,7 @@ from PIL import Image
 from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
 from perrin.build import load_run
 from perrin.cli.main import main
+from perrin.cli.recipe import Recipe
 from perrin.data import load, to_levels
 from perrin.data.decode import decode
 from perrin.editing import SamplingOptions, inpaint, vary
@@ -30,6 +31,12 @@ def run(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def conditional(data, tmp_path_factory):
     return train(data, tmp_path_factory.mktemp("edit") / "run", *TINY, "--lr", "0.05", "--conditional")
+
+
+@pytest.fixture(scope="module")
+def cosine(data, tmp_path_factory):
+    flags = [*TINY, "--schedule", "cosine", "--num-timesteps", "1000"]
+    return train(data, tmp_path_factory.mktemp("edit") / "run", *flags, "--lr", "0.05")
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,8 @@ def test_variations_are_the_function_s(run, data, tmp_path):
         4,
         "--steps",
         6,
+        "--sampler",
+        "ddim",
     )
     model = load_run(run)
     x = load(data).batch([0, 1], "cpu")[0]
@@ -151,12 +160,12 @@ def test_pictures_do_not_depend_on_the_batch_and_can_be_gone_on_with(run, data, 
     assert figures["network_calls"] > 0
     assert figures_of([*whole, "-n", "4", "--out", str(tmp_path / "c")], capsys)["network_calls"] is None
     line = error_of([*whole, "-n", "4", "--seed", "9", "--out", str(tmp_path / "c")], capsys)
-    assert line.endswith("holds samples of seed 0, asked for 9: choose another place")
+    assert line.endswith("holds pictures of seed 0, asked for 9: choose another place")
 
 
 def test_the_held_out_images_and_a_folder_of_the_run_are_the_default(run, capsys):
     figures = figures_of(["vary", str(run), "--strength", "0.2", "--steps", "4", "-n", "1"], capsys)
-    assert figures["pictures"].startswith(str(run / "samples" / "vary-ddim4-"))
+    assert figures["pictures"].startswith(str(run / "samples" / f"vary-{Recipe().sampler}-4steps-"))
     assert (figures["strength"], figures["count"], figures["variations"]) == (0.2, 1, 4)
     other = figures_of(["vary", str(run), "--strength", "0.4", "--steps", "4", "-n", "1"], capsys)
     assert other["pictures"] != figures["pictures"]
@@ -190,6 +199,43 @@ def test_between_images_the_row_has_the_images_at_its_ends(run, data, tmp_path):
     assert np.abs(found.astype(int) - back[::-1]).max() <= 1
 
 
+def test_between_images_the_steps_leave_out_pure_noise_unless_asked(cosine, data, tmp_path, capsys):
+    command = ["interpolate", str(cosine), str(data), "--between", "3", "7", "--count", "3", "--steps", "12"]
+    good = figures_of([*command, "--out", str(tmp_path / "a")], capsys)
+    poor = figures_of([*command, "--grid", "uniform", "--out", str(tmp_path / "b")], capsys)
+    assert (good["timestep_grid"], poor["timestep_grid"]) == ("log-snr", "uniform")
+    assert good["ends_rmse"] < 0.75 * poor["ends_rmse"]
+    missed = (pixels(tmp_path / "a")[[0, 2]] - load(data).values[[3, 7]].astype(float)) / 127.5
+    assert good["ends_rmse"] == pytest.approx(np.sqrt(np.square(missed).mean()), rel=1e-5)
+    assert figures_of([*command, "--out", str(tmp_path / "a")], capsys)["ends_rmse"] == good["ends_rmse"]
+
+
+def test_interpolation_says_what_it_made(run, data, tmp_path, capsys):
+    flags = ["--count", 2, "--steps", 4]
+    capsys.readouterr()
+    made(tmp_path / "a", "interpolate", run, data, "--between", 3, 7, *flags)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == f"2 pictures, --between 3 7: {tmp_path / 'a'}, {tmp_path / 'a' / 'grid.png'}"
+    assert second == "ddim, 8 network calls each; weights ema-0.9 of step 4"
+    assert third.startswith("round trip of the images at the ends: root mean square error ")
+    made(tmp_path / "b", "interpolate", run, "--seeds", 3, 7, "--count", 2, "--steps", 1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("2 pictures, --seeds 3 7: ")
+    assert second.startswith("ddim, 1 network call each; ")
+    assert json.loads((tmp_path / "b" / "settings.json").read_text())["timestep_grid"] is None
+
+
+def test_one_is_told_as_one(run, data, tmp_path, capsys):
+    flags = ["-n", 1, "--variations", 1, "--steps", 1]
+    capsys.readouterr()
+    made(tmp_path / "a", "inpaint", run, data, *BOX, *flags, "--resamples", 1)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("1 picture of 1 image: ")
+    assert second.startswith("1 resample, jump 1, 1 network call each, ")
+    made(tmp_path / "b", "vary", run, data, *flags, "--strength", 1)
+    assert "strength 1, 1 of 1 step, 1 network call each, " in capsys.readouterr().out
+
+
 def test_interpolation_is_not_done_twice(run, tmp_path, capsys):
     command = ["interpolate", str(run), "--seeds", "1", "2", "--steps", "2", "--out", str(tmp_path / "a")]
     assert figures_of(command, capsys)["network_calls"] == 2
@@ -198,7 +244,8 @@ def test_interpolation_is_not_done_twice(run, tmp_path, capsys):
 
 def test_text_says_what_was_made(run, data, tmp_path, capsys):
     capsys.readouterr()
-    made(tmp_path / "a", "vary", run, data, "-n", 1, "--steps", 12, "--strength", 0.5, "--weights", "model")
+    flags = ["--strength", 0.5, "--weights", "model", "--sampler", "ddim"]
+    made(tmp_path / "a", "vary", run, data, "-n", 1, "--steps", 12, *flags)
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"4 pictures of 1 image: {tmp_path / 'a'}, {tmp_path / 'a' / 'grid.png'}"
     assert "strength 0.5, " in second
@@ -235,6 +282,19 @@ def test_between_classes_a_label_must_be_named(conditional, data, tmp_path, caps
     assert json.loads((tmp_path / "b" / "settings.json").read_text())["label"] == "2"
 
 
+def test_data_without_classes_need_a_label(conditional, data, tmp_path, capsys):
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, images=load(data).values[:, 0])
+    between = ["--between", "0", "1"]
+    for command, *flags in (["vary"], ["inpaint", *BOX], ["interpolate", *between]):
+        line = error_of([command, str(conditional), str(bare), *flags], capsys)
+        assert line == (
+            f"{bare} has no classes, which the conditional model needs: give --label, the class of all of them"
+        )
+    short = ["--steps", 2, "--count", 2]
+    assert len(made(tmp_path / "a", "interpolate", conditional, bare, *between, *short, "--label", 1)) == 2
+
+
 # Mistakes
 
 BOX = ["--box", "0", "0", "4", "4"]
@@ -243,8 +303,20 @@ BOX = ["--box", "0", "0", "4", "4"]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["inpaint"], "what to fill must be said by either --mask FILE or --box TOP LEFT HEIGHT WIDTH"),
-        (["inpaint", *BOX, "--mask", "x.png"], "what to fill must be said by either --mask FILE or --box"),
+        (
+            ["inpaint"],
+            "what to fill must be said by either --mask FILE or --box TOP LEFT HEIGHT WIDTH, got neither",
+        ),
+        (["inpaint", *BOX, "--mask", "x.png"], "--box TOP LEFT HEIGHT WIDTH, got both"),
+        (
+            ["inpaint", "--box", "0", "0", "4"],
+            "--box takes 4 whole numbers (TOP LEFT HEIGHT WIDTH), got 0 0 4",
+        ),
+        (
+            ["interpolate", "--seeds", "1", "2", "DATA"],
+            "--seeds takes 2 whole numbers (A B), got 1 2 DATA: what belongs to no flag goes before --seeds",
+        ),
+        (["interpolate", "--between", "1"], "--between takes 2 whole numbers (I J), got 1"),
         (
             ["inpaint", "--box", "0", "5", "8", "4"],
             "--box 0 5 8 4 (TOP LEFT HEIGHT WIDTH) must lie within the images, 8 x 8 pixels (height x width)",
@@ -253,7 +325,7 @@ BOX = ["--box", "0", "0", "4", "4"]
         (["inpaint", "--box", "0", "5", "0", "2"], "must lie within the images"),
         (
             ["inpaint", "--box", "0", "0", "8", "8"],
-            "--box must leave some pixels to fill (white) and some to keep",
+            "--box 0 0 8 8 must leave some pixels to keep, got the whole image, 8 x 8 pixels (height x width)",
         ),
         (["inpaint", *BOX, "--resamples", "0"], "--resamples must be at least 1, got 0"),
         (["inpaint", *BOX, "--jump", "0"], "--jump must be at least 1, got 0"),
@@ -317,7 +389,11 @@ def test_data_of_another_shape_are_refused(run, tmp_path, capsys):
     ("values", "message"),
     [
         (np.ones((10, 12), bool), "must be of the images' size, 8 x 8 pixels (height x width), got 10 x 12"),
-        (np.zeros((8, 8), bool), "must leave some pixels to fill (white) and some to keep"),
+        (
+            np.zeros((8, 8), bool),
+            "must leave some pixels to fill and some to keep, got all of them to keep (what is not 0 is filled)",
+        ),
+        (np.ones((8, 8), bool), "got all of them to fill"),
         (np.ones((8, 8, 3)), "expected numbers (H, W), got float64 of shape (8, 8, 3)"),
         (np.full((8, 8), "a"), "expected numbers (H, W), got <U1 of shape (8, 8)"),
     ],
@@ -332,8 +408,8 @@ def test_a_mask_that_does_not_fit_is_refused(run, tmp_path, capsys, values, mess
     [
         ("mask.png", b"no picture", "not an image of a known format"),
         ("mask.npy", b"no array", "damaged array file"),
-        ("none.png", None, "No such file or directory"),
-        ("none.npy", None, "No such file or directory"),
+        ("none.png", None, ": No such file or directory"),
+        ("none.npy", None, ": No such file or directory"),
     ],
 )
 def test_a_mask_that_cannot_be_read_is_refused(run, tmp_path, capsys, name, content, message):
@@ -342,6 +418,17 @@ def test_a_mask_that_cannot_be_read_is_refused(run, tmp_path, capsys, name, cont
     line = error_of(["inpaint", str(run), "--mask", str(tmp_path / name)], capsys)
     assert line.startswith(str(tmp_path / name))
     assert message in line
+    assert (content is None) == ("damaged" not in line and "format" not in line)
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_a_mask_of_one_kind_is_refused_whatever_its_alpha(run, tmp_path, capsys, alpha):
+    Image.new("LA", (8, 8), (127, alpha)).save(tmp_path / "mask.png")
+    line = error_of(["inpaint", str(run), "--mask", str(tmp_path / "mask.png")], capsys)
+    assert line == (
+        f"--mask {tmp_path / 'mask.png'} must leave some pixels to fill and some to keep, got all of them to keep "
+        "(filled is what is white: colours above half of the highest level on average; alpha is ignored)"
+    )
 
 
 def test_runs_of_vectors_are_refused(vectors, capsys):

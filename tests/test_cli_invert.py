@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cli_helpers import TINY, TINY_MLP, image_file, train, vector_file
 from perrin.errors import PerrinError
 from perrin.evaluation.latents import Latents
 from perrin.evaluation.plots import has_title
+from perrin.evaluation.round_trips import RoundTrips, plot_round_trips
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +142,55 @@ def test_vectors_are_inverted_too(vectors, tmp_path, capsys):
     assert found["rmse_levels"] is None
     assert found["exact_share"] is None
     assert found["largest_error"] < 1e-10
-    assert found["latents"] == str(vectors / "latents-bdia-6-steps.npz")
+    assert found["latents"].startswith(str(vectors / "latents-bdia-6-steps-"))
+    back = figures(capsys, "reconstruct", vectors, "--latents", found["latents"])
+    assert back["samples"] == str(vectors / "samples" / Path(found["latents"]).name)
+    with np.load(back["samples"]) as archive:
+        np.testing.assert_allclose(
+            archive["data"], np.load(vectors.parent / "vectors.npy"), rtol=0, atol=1e-6
+        )
     text = call(capsys, "reconstruct", vectors, "--steps", 6, "--out", tmp_path / "table.csv")
     assert "grid" not in text
     assert not (tmp_path / "table-grid.png").exists()
+
+
+def test_by_default_other_settings_have_another_file(run, capsys):
+    data = run.parent / "images.npz"
+    flags = [
+        [],
+        [data],
+        ["-n", 2],
+        ["--label", "1"],
+        ["--grid", "uniform"],
+        ["--weights", "model"],
+        ["--precision", "float32"],
+        ["--method", "fixed-point"],
+        ["--method", "fixed-point", "--tolerance", "1e-3"],
+        ["--method", "fixed-point", "--iterations", "2"],
+    ]
+    found = [figures(capsys, "invert", run, *more, "--steps", 3)["latents"] for more in flags]
+    assert len(set(found)) == len(found)
+    assert figures(capsys, "invert", run, "--steps", 3)["latents"] == found[0]
+
+
+def test_data_without_classes_are_inverted_as_one_class(run, tmp_path, capsys):
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, images=values_of(run, 3))
+    flags = "--steps", 4, "-n", 3, "--label", "1"
+    plain = figures(capsys, "invert", run, bare, *flags, "--out", tmp_path / "a.npz")
+    known = figures(capsys, "invert", run, run.parent / "images.npz", *flags, "--out", tmp_path / "b.npz")
+    assert plain["n"] == 3
+    assert plain["rmse"] == known["rmse"]
+    assert Latents.read(tmp_path / "a.npz").classes.tolist() == [1, 1, 1]
+    for command in ("invert", "reconstruct"):
+        assert refused(command, run, bare) == (
+            f"{bare} has no classes, which the conditional model needs: give --label, the class of all of them"
+        )
+
+
+def test_one_step_is_one(run, capsys, tmp_path):
+    text = call(capsys, "invert", run, "-n", 1, "--method", "ddim", "--steps", 1, "--out", tmp_path / "a.npz")
+    assert text.startswith("ddim, 1 step, 1 example, 2 network calls\n")
 
 
 # perrin reconstruct
@@ -165,6 +213,7 @@ def test_the_error_against_the_number_of_steps_is_a_table_a_plot_and_a_grid(run,
         assert each["largest_residual"] is each["converged"] is None
     assert float(rows[0]["rmse"]) > 1e6 * float(rows[2]["rmse"])
     assert has_title(Path(found["plot"]), "perrin reconstruct")
+    assert has_title(Path(found["grid"]), "perrin reconstruct")
     tiles = pixels(found["grid"])
     assert tiles.shape == (5 * 50 + 2, 3 * 50 + 2)
     assert np.array_equal(tiles[2:50:6, 2:50:6], values_of(run, 1)[0])
@@ -175,6 +224,18 @@ def test_the_table_for_people_says_what_has_not_converged(run, tmp_path, capsys)
     flags = "--steps", 6, "--method", "fixed-point", "--iterations", 1, "--out", tmp_path / "table.csv"
     text = call(capsys, "reconstruct", run, *flags)
     assert text.splitlines()[1].endswith("NOT: 0 of 6")
+
+
+@pytest.mark.parametrize(("converged", "explained"), [(2.0, 0), (1.0, 1), (math.nan, 0)])
+def test_the_plot_explains_its_hollow_marks(converged, explained, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "perrin.evaluation.round_trips.save_figure", lambda figure, path, title: drawn.append(figure)
+    )
+    found = RoundTrips("fixed-point", 5, 0.1, math.nan, math.nan, 0.1, 0.1, converged, n=2, network_calls=9)
+    plot_round_trips([found, replace(found, steps=9)], tmp_path / "plot.png")
+    texts = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert texts == ["fixed-point", *["hollow: not all converged"] * explained]
 
 
 def test_latents_come_back_as_pictures(run, tmp_path, capsys):
@@ -225,6 +286,21 @@ def test_a_file_of_something_else_is_not_overwritten(run, tmp_path):
     (tmp_path / "other.npz").write_text("mine")
     assert "holds no latents" in refused("invert", run, "--out", tmp_path / "other.npz")
     assert "must end in .npz" in refused("invert", run, "--out", tmp_path / "latents.csv")
+    for name in ("plot.png", "table-grid.png"):
+        Image.new("L", (3, 3)).save(tmp_path / name)
+        kept = (tmp_path / name).read_bytes()
+        message = refused(
+            "reconstruct",
+            run,
+            "--out",
+            tmp_path / f"{name.removesuffix('-grid.png').removesuffix('.png')}.csv",
+        )
+        assert (
+            message
+            == f"{tmp_path / name} exists and was not made by perrin reconstruct: choose another --out"
+        )
+        assert (tmp_path / name).read_bytes() == kept
+    assert not list(tmp_path.glob("*.csv"))
     (tmp_path / "other.csv").write_text("mine")
     assert "is no such table" in refused("reconstruct", run, "--out", tmp_path / "other.csv")
     assert (tmp_path / "other.csv").read_text() == "mine"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli_helpers import TINY, error_of, figures_of, image_file, train
+from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
 from perrin.cli.main import main
 from perrin.cli.recipe import GridFlag, Recipe, SamplerName
 from perrin.data.decode import decode
@@ -112,9 +112,9 @@ def test_guided_samples_can_be_added_to_later(conditional, tmp_path, capsys):
 def test_the_settings_name_every_flag(run, tmp_path):
     samples(run, tmp_path / "a", "--steps", "4", "--grid", "karras")
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    named = {field.name for field in fields(Recipe)} - {"calibrated"}
+    named = {field.name for field in fields(Recipe)} - {"calibrated", "grid"}
     assert named <= settings.keys()
-    assert settings["grid"] == "karras"
+    assert settings["timestep_grid"] == "karras"
     assert settings["threshold"] is None
 
 
@@ -133,6 +133,62 @@ def test_a_trajectory_ends_in_the_samples(run, tmp_path, name, capsys):
             image.seek(5)
             last = np.asarray(image.convert("L"))[2:50:6, 2:50:6]
             np.testing.assert_allclose(last, found[0][0], atol=3)
+
+
+@pytest.mark.parametrize("name", ["strip.png", "film.gif", "film.webp"])
+def test_a_trajectory_takes_the_place_of_one_alone(run, tmp_path, name, capsys):
+    path = tmp_path / name
+    command = [
+        "sample",
+        str(run),
+        "-n",
+        "2",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "a"),
+        "--trajectory",
+        str(path),
+    ]
+    assert main(command) == 0
+    assert main(command) == 0
+    Image.new("L", (3, 3)).save(path)
+    line = error_of(command, capsys)
+    assert line == f"--trajectory {path} is another picture's place: choose another name"
+    with Image.open(path) as image:
+        assert image.size == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["00000.png", "grid.png"])
+def test_a_trajectory_is_none_of_the_samples(run, tmp_path, name, capsys):
+    out = tmp_path / "a"
+    line = error_of(["sample", str(run), "--out", str(out), "--trajectory", str(out / name)], capsys)
+    assert "is another picture's place" in line
+
+
+def test_vectors_have_no_trajectory(tmp_path, capsys):
+    vectors = train(vector_file(tmp_path), tmp_path / "run", *TINY_MLP)
+    line = error_of(["sample", str(vectors), "--trajectory", str(tmp_path / "a.gif")], capsys)
+    assert line == "--trajectory needs a run of images, got data of shape (3,)"
+
+
+def test_a_model_that_knows_no_class_can_be_asked_for_none(conditional, tmp_path, capsys):
+    told = samples(conditional, tmp_path / "a", "--steps", "3", "--label", "1")
+    none = samples(conditional, tmp_path / "b", "--steps", "3", "--label", "-1")
+    assert (told != none).any()
+    line = error_of(["sample", str(conditional), "--label", "3"], capsys)
+    assert line == "--label 3: expected 0 to 2 or a class name (0, 1, 2), or -1 for none"
+
+
+def test_names_of_folders_keep_sampler_and_steps_apart(run, capsys):
+    command = ["sample", str(run), "-n", "1", "--sampler", "unipc-2", "--steps", "7"]
+    assert "/unipc-2-7steps-" in figures_of(command, capsys)["samples"]
+
+
+def test_the_grid_of_times_and_the_picture_are_both_told(run, tmp_path, capsys):
+    figures = figures_of(["sample", str(run), "-n", "1", "--steps", "3", "--grid", "karras"], capsys)
+    assert figures["timestep_grid"] == "karras"
+    assert figures["grid"].endswith("grid.png")
 
 
 def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
@@ -156,17 +212,32 @@ def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
             ["--eta", "0.5", "--sampler", "heun"],
             "--eta belongs to --sampler ddim, got --sampler heun --eta 0.5",
         ),
-        (["--churn", "1"], "--churn belongs to --sampler heun, got --sampler ddim --churn 1.0"),
-        (["--sampler", "heun", "--churn", "-1"], "churn must be at least 0, got -1.0"),
+        (["--churn", "1"], "--churn belongs to --sampler heun, got --sampler dpm-2m-sde --churn 1.0"),
+        (["--sampler", "heun", "--churn", "-1"], "--churn must be from 0 to 1e+06, got -1"),
+        (["--sampler", "heun", "--churn", "inf"], "--churn must be from 0 to 1e+06, got inf"),
+        (["--sampler", "ddim", "--eta", "2"], "--eta must be from 0 to 1, got 2"),
+        (["--guidance-scale", "nan"], "--guidance-scale must be from -1e+06 to 1e+06, got nan"),
+        (
+            ["--guidance-scale", "3", "--guidance-rescale", "2"],
+            "--guidance-rescale must be from 0 to 1, got 2",
+        ),
+        (
+            ["--guidance-scale", "3", "--guidance-interval", "5", "1"],
+            "--guidance-interval must be two rising numbers from 0 on, got 5 1",
+        ),
+        (["--autoguidance-scale", "3"], "--autoguidance-scale 3 needs --autoguidance, which is not given"),
+        (["--classifier-scale", "3"], "--classifier-scale 3 needs --classifier, which is not given"),
+        (["--threshold", "0"], "--threshold must be above 0, got 0"),
         (["--calibrated", "--grid", "karras"], "--calibrated has timesteps of its own"),
         (["--guidance-rescale", "0.5"], "need --guidance-scale, got 1"),
         (["--guidance-scale", "2"], "has no classes"),
         (["--label", "3"], "has no classes"),
-        (["--threshold", "1.5"], "1.5"),
+        (["--threshold", "1.5"], "--threshold must be from 0 to 1, got 1.5"),
         (["--autoguidance", "3"], "has no checkpoint of step 3"),
         (["--classifier", "nowhere"], "nowhere holds no classifier"),
         (["--trajectory", "film.mp4"], "--trajectory must end in .png, .gif, .webp, got film.mp4"),
-        (["--steps", "0"], "--steps must lie between 1 and"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "13"], "--steps must lie between 1 and 12"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

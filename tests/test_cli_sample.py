@@ -56,7 +56,7 @@ def test_samples_do_not_depend_on_the_batch_size(run, tmp_path, sampler):
 
 def test_a_folder_below_the_run_is_the_default(run, capsys):
     figures = figures_of(["sample", str(run), "-n", "3", "--steps", "4", "--weights", "ema-0.5"], capsys)
-    folder = run / "samples" / "ddim4-ema-0.5-step4-seed0"
+    folder = run / "samples" / "dpm-2m-sde-4steps-ema-0.5-step4-seed0"
     assert figures["samples"] == str(folder)
     assert figures["grid"] == str(folder / "grid.png")
     assert (figures["weights"], figures["step"], figures["count"], figures["kept"]) == ("ema-0.5", 4, 3, 0)
@@ -102,9 +102,9 @@ def test_an_interrupted_command_goes_on_where_it_stopped(run, tmp_path, capsys, 
 
 
 def _interrupt_after(count, monkeypatch):
-    from perrin.samplers import SamplerDDIM
+    from perrin.samplers import SamplerDPM
 
-    original, calls = SamplerDDIM.sample_progressive, []
+    original, calls = SamplerDPM.sample_progressive, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -112,7 +112,7 @@ def _interrupt_after(count, monkeypatch):
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(SamplerDDIM, "sample_progressive", interrupted)
+    monkeypatch.setattr(SamplerDPM, "sample_progressive", interrupted)
 
 
 def test_more_samples_can_be_asked_for_later(run, tmp_path, capsys):
@@ -133,7 +133,7 @@ def test_other_settings_are_refused_in_the_same_place(run, tmp_path, capsys, nam
     out = tmp_path / name
     sample(run, out, "-n", "1")
     line = error_of(["sample", str(run), "--steps", "5", "--out", str(out)], capsys)
-    assert line == f"{out} holds samples of steps 4, asked for 5: choose another place"
+    assert line == f"{out} holds pictures of steps 4, asked for 5: choose another place"
 
 
 @pytest.mark.parametrize("name", ["folder", "file.npz"])
@@ -142,7 +142,7 @@ def test_a_place_with_something_else_is_left_alone(run, tmp_path, capsys, name):
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("precious")
     line = error_of(["sample", str(run), "--out", str(tmp_path / name)], capsys)
-    assert "exists and was not made by perrin sample" in line
+    assert "holds something else, which this command did not make" in line
     assert precious.read_text() == "precious"
 
 
@@ -152,7 +152,7 @@ def test_an_npz_file_holds_the_same_samples_as_the_pictures(run, tmp_path):
     np.testing.assert_array_equal(arrays["images"][..., 0], load(tmp_path / "file.npz").values[:, 0])
     shown = [decode(path).pixels[0] for path in sorted((tmp_path / "folder").glob("0*.png"))]
     np.testing.assert_array_equal(arrays["images"][..., 0], shown)
-    assert json.loads(str(arrays["settings"]))["sampler"] == "ddim"
+    assert json.loads(str(arrays["settings"]))["sampler"] == "dpm-2m-sde"
 
 
 def test_classes_come_in_turn_unless_one_is_named(conditional, tmp_path):
@@ -161,9 +161,16 @@ def test_classes_come_in_turn_unless_one_is_named(conditional, tmp_path):
     assert sample(conditional, tmp_path / "b.npz", "-n", "2", "--label", "2")["labels"].tolist() == [2, 2]
 
 
+def test_the_grid_has_a_column_for_each_class(conditional, tmp_path):
+    sample(conditional, tmp_path / "a", "-n", "5")
+    assert size_of(tmp_path / "a" / "grid.png") == (3 * 50 + 2, 2 * 50 + 2)
+    sample(conditional, tmp_path / "b", "-n", "5", "--label", "1")
+    assert size_of(tmp_path / "b" / "grid.png") == (3 * 50 + 2, 2 * 50 + 2)
+
+
 def test_vectors_go_into_a_file(vectors, tmp_path, capsys):
     figures = figures_of(["sample", str(vectors), "-n", "2", "--steps", "4"], capsys)
-    assert figures["samples"] == str(vectors / "samples" / "ddim4-ema-0.9999-step2-seed0.npz")
+    assert figures["samples"] == str(vectors / "samples" / "dpm-2m-sde-4steps-ema-0.9999-step2-seed0.npz")
     values = np.load(figures["samples"])["data"]
     assert values.shape == (2, 3)
     assert np.abs(values).max() <= 1
@@ -174,12 +181,12 @@ def test_vectors_go_into_a_file(vectors, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "--steps must lie between 1 and 12, the run's number of timesteps, got 0"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--steps", "5000"], "--steps must lie between 1 and 12, the run's number of timesteps, got 5000"),
         (["-n", "0"], "--count must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--eta", "1.5"], "--eta must lie between 0 and 1, got 1.5"),
-        (["--eta", "nan"], "--eta must lie between 0 and 1, got nan"),
+        (["--sampler", "ddim", "--eta", "1.5"], "--eta must be from 0 to 1, got 1.5"),
+        (["--sampler", "ddim", "--eta", "nan"], "--eta must be from 0 to 1, got nan"),
         (
             ["--sampler", "ddpm", "--eta", "0"],
             "--eta belongs to --sampler ddim, got --sampler ddpm --eta 0.0",
@@ -265,19 +272,19 @@ def test_a_calibrated_chain_has_a_folder_and_settings_of_its_own(run, tmp_path, 
     command = ["sample", str(run), "-n", "1", "--calibrated"]
     with calibrate(run):
         figures = figures_of(command, capsys)
-        assert figures["samples"] == str(run / "samples" / "ddim2-ema-0.9-step4-calibrated-seed0")
+        assert figures["samples"] == str(run / "samples" / "dpm-2m-sde-2steps-ema-0.9-step4-calibrated-seed0")
         assert len(figures["calibration"]) == 12
         assert figures_of(command, capsys)["kept"] == 1
         assert main(command) == 0
-        assert "ddim, 2 calibrated steps, seed 0" in capsys.readouterr().out
+        assert "dpm-2m-sde, 2 calibrated steps, seed 0" in capsys.readouterr().out
         line = error_of([*command, "--steps", "4"], capsys)
         assert line == "a calibrated chain has from 1 to 3 steps, got 4"
         plain = ["sample", str(run), "-n", "1", "--steps", "2", "--out", figures["samples"]]
-        assert f"holds samples of calibration {figures['calibration']}, asked for None" in error_of(
+        assert f"holds pictures of calibration {figures['calibration']}, asked for None" in error_of(
             plain, capsys
         )
     with calibrate(run, log_variance=-2.0):
-        assert "holds samples of calibration" in error_of(command, capsys)
+        assert "holds pictures of calibration" in error_of(command, capsys)
 
 
 def test_samples_from_before_calibrations_can_be_gone_on_with(run, tmp_path, capsys):

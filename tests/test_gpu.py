@@ -9,13 +9,11 @@ from perrin import (
     GaussianDiffusion,
     LossType,
     ModelVarType,
-    SamplerDDIM,
-    SamplerDDPM,
     UNet,
     get_named_beta_schedule,
 )
 from perrin.gaussian import discretized_gaussian_log_likelihood
-from perrin.samplers import Sampler
+from perrin.samplers import SAMPLERS, Sampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +39,7 @@ def test_training_losses_agree() -> None:
     torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [SamplerDDPM, SamplerDDIM])
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS.keys())
 def test_samples_agree(make: Callable[..., Sampler]) -> None:
     diffusion, network = pair()
     start, steps = torch.randn(2, 1, 8, 8), torch.randn(10, 2, 1, 8, 8)

@@ -10,7 +10,7 @@ from perrin import GaussianDiffusion, ModelMeanType, SamplerDDIM, get_named_beta
 from perrin.errors import ArgumentError
 from perrin.guidance import ScoreGuided
 from perrin.oracles import GaussianData, MixtureData, Oracle, arbitrary, normal
-from perrin.samplers.inversion import FixedPoint
+from perrin.samplers.inversion import PATIENCE, FixedPoint
 from test_samplers_bdia import Counted, chain, rms
 
 DATA = MixtureData()
@@ -91,6 +91,14 @@ def test_what_has_no_solution_has_not_converged() -> None:
     assert not found.converged.any()
     assert bool((found.residuals[0] > 0.01).all())
     assert bool(torch.isfinite(found.noise).all())
+
+
+def test_a_step_from_the_data_without_a_solution_is_given_up_before_all_calls_are_made() -> None:
+    diffusion, x = chain(mean_type=ModelMeanType.START_X), normal(3, 2)
+    step = SamplerDDIM(diffusion, grid=[600])
+    found = FixedPoint(step, iterations=30).invert(lambda x, t: 0.1 + 0 * x, x)
+    assert found.network_calls == 1 + 1 + PATIENCE
+    torch.testing.assert_close(found.residuals[0], (x - 0.1).square().mean(1).sqrt())
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])

@@ -394,12 +394,3 @@ def test_half_precision_noise_is_sampled_in_float32(make: Callable[..., Sampler]
     )
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-
-
-@each_sampler
-@pytest.mark.parametrize("t", [[-1, 0], [0, 3]])
-def test_single_steps_refuse_a_t_out_of_range(make: Callable[..., Sampler], t: list[int]) -> None:
-    sampler = make(diffusion(), 3)
-    step = sampler.p_sample if hasattr(sampler, "p_sample") else sampler.ddim_sample
-    with pytest.raises(ArgumentError, match="t must be from 0 to 2"):
-        step(lambda x, t: x, normal(2, 2), torch.tensor(t))

@@ -19,7 +19,6 @@ from perrin.samplers import (
     SamplerDEIS,
     SamplerDPM,
     SamplerHeun,
-    SamplerIPNDM,
     SamplerUniPC,
 )
 from perrin.schedules import zero_terminal_snr
@@ -38,7 +37,6 @@ ODE: dict[str, Make] = {
     "deis-2": partial(SamplerDEIS, order=2),
     "deis-3": SamplerDEIS,
     "deis-4": partial(SamplerDEIS, order=4),
-    "ipndm": SamplerIPNDM,
 }
 SDE: dict[str, Make] = {
     "heun-churned": partial(SamplerHeun, churn=30.0),
@@ -48,7 +46,6 @@ ORDERS = {"heun": 2, "2m": 2, "2s": 2, "3m": 3, "unip-2": 2, "unip-3": 3, "unipc
     "deis-2": 2,
     "deis-3": 3,
     "deis-4": 4,
-    "ipndm": 2,
     "2m-sde": 2,
 }
 EVERY = ODE | SDE

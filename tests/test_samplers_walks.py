@@ -115,3 +115,12 @@ def test_single_steps_are_of_whole_times() -> None:
     sampler = SamplerDDIM(diffusion(), 7, grid="karras")
     with pytest.raises(ArgumentError, match="a single step needs a grid of whole times, got 'karras'"):
         sampler.ddim_sample(network_for(diffusion()), normal(1, 3), torch.tensor([1]))
+
+
+@each_sampler
+@pytest.mark.parametrize("t", [[-1, 0], [0, 3]])
+def test_single_steps_refuse_a_t_out_of_range(make: Callable[..., Sampler], t: list[int]) -> None:
+    sampler = make(diffusion(), 3)
+    step = sampler.p_sample if hasattr(sampler, "p_sample") else sampler.ddim_sample
+    with pytest.raises(ArgumentError, match="t must be from 0 to 2"):
+        step(lambda x, t: x, normal(2, 2), torch.tensor(t))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from perrin.samplers import SamplerDEIS as SamplerDEIS
     from perrin.samplers import SamplerDPM as SamplerDPM
     from perrin.samplers import SamplerHeun as SamplerHeun
-    from perrin.samplers import SamplerIPNDM as SamplerIPNDM
     from perrin.samplers import SamplerUniPC as SamplerUniPC
     from perrin.schedules import get_named_beta_schedule as get_named_beta_schedule
     from perrin.schedules import space_timesteps as space_timesteps
@@ -51,7 +50,6 @@ _HOMES = {
     "SamplerDEIS": "samplers",
     "SamplerDPM": "samplers",
     "SamplerHeun": "samplers",
-    "SamplerIPNDM": "samplers",
     "SamplerUniPC": "samplers",
     "StratifiedImportanceSampler": "timestep_sampling",
     "StratifiedSampler": "timestep_sampling",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from perrin.cli.console import DeviceName, note, pick_device
 from perrin.cli.recipe import Recipe, Way
-from perrin.errors import ArgumentError
+from perrin.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +70,10 @@ class Images:
 
         Raises `DataError` for data that do not fit, `ArgumentError` for a ``label`` that there is not.
         """
-        from perrin.build import run_data
         from perrin.cli.measure import held_out
 
         check_label(label, way, model)
-        dataset = run_data(model, data, labelled=label is None)
+        dataset = data_of(model, data, label)
         indices = held_out(model, len(dataset)) if data is None else range(len(dataset))
         return cls.chosen(model, way, dataset, indices[:count], label)
 
@@ -100,6 +99,20 @@ class Images:
     def rows(self, model: Run, places: Sequence[int]) -> Tensor:
         """The images at ``places`` of `indices`, (B, C, H, W) on the model's device."""
         return self.dataset.batch([self.indices[i] for i in places], model.device)[0]
+
+
+def data_of(model: Run, data: str | None, label: str | None) -> Dataset:
+    """The data set ``data``, or the run's own, with classes that the model knows unless ``label`` names one for all.
+
+    Raises `DataError` where it does not fit, and tells of --label where that would help.
+    """
+    from perrin.build import run_data
+
+    try:
+        return run_data(model, data, labelled=label is None)
+    except DataError as error:
+        run_data(model, data, labelled=False)  # raises what no label would help against
+        raise DataError(f"{error}: give --label, the class of all of them") from None
 
 
 def check_label(label: str | None, way: Way, model: Run) -> None:
@@ -271,13 +284,22 @@ def edited(
     """What ``job`` has made of the run at ``path``, as figures and as lines."""
     count = len(job.images.indices)
     figures = {**settings, "run": str(path), "count": count, "network_calls": calls}
-    cost = "" if calls is None else f", {calls:g} network calls each"
     lines = [
-        f"{count * job.variations} pictures of {count} image{'s' * (count != 1)}: {store.target}, {grid}",
-        f"{how}{cost}, {settings['sampler']}, seed {job.seed}; "
+        f"{many(count * job.variations, 'picture')} of {many(count, 'image')}: {store.target}, {grid}",
+        f"{how}{cost_text(calls)}, {settings['sampler']}, seed {job.seed}; "
         f"weights {job.model.weights} of step {job.model.step}",
     ]
     return figures | {"pictures": str(store.target), "grid": grid}, lines
+
+
+def many(count: float, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
+
+
+def cost_text(calls: float | None) -> str:
+    """How often a network saw each picture, to go on a line with; nothing where none was drawn."""
+    return "" if calls is None else f", {many(calls, 'network call')} each"
 
 
 def check_at_least_one(options: object, names: Sequence[str]) -> None:

@@ -20,6 +20,15 @@ MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalMetavarFromFieldName)
 FLAG = re.compile(r"--?\w[\w-]*(, --?\w[\w-]*)*( [A-Z{\[].*)?")
 """A flag with its other names and what it takes: ``--steps {None}|INT``; no sentence that begins with a flag."""
 
+MISFIT = re.compile(
+    r"(?P<flag>-\S+): (no type matching (?P<kinds>.+) could be instantiated from|Could not find valid parse for "
+    r"arguments:|invalid literal for int\(\) with base 10:|could not convert string to float:) "
+    r"(?P<got>.*?)(\. Got errors:.*)?"
+)
+"""What a box says of values that are not of a flag's kind, with what came."""
+
+NUMBERS = {"INT": "whole number", "FLOAT": "number"}
+
 
 def parse(
     options: type[Options], args: Sequence[str], *, command: str, registry: ConstructorRegistry | None = None
@@ -66,6 +75,10 @@ def one_line(box: str) -> str:
     message = _lower(" ".join(row.lstrip("│ ") for row in headline).removeprefix("Error parsing "))
     proposed = [row for section in others for row in section]
     flags = " or ".join(_flags(proposed))
+    message = message.replace("Expected 1 values", "Expected 1 value")
+    misfit = MISFIT.fullmatch(message)
+    if misfit is not None:
+        return _misfit(misfit["flag"], misfit["kinds"] or "", misfit["got"], flags)
     label = "perhaps you meant" if any("Perhaps you meant:" in row for row in proposed) else "expected"
     return f"{message} ({label} {flags})" if flags else message
 
@@ -77,6 +90,40 @@ def _flags(rows: Sequence[str]) -> list[str]:
     named = [(depth, text) for depth, text in zip(depths, found, strict=True) if FLAG.fullmatch(text)]
     least = min((depth for depth, _ in named), default=0)
     return [text for depth, text in named if depth == least]
+
+
+def _misfit(flag: str, kinds: str, got: str, expected: str) -> str:
+    """What ``flag`` takes, and the values that it ``got``; ``kinds`` and ``expected`` are tyro's words for the first.
+
+    ``--steps must be a whole number, got 'a'``; ``--box takes 4 whole numbers (TOP LEFT HEIGHT WIDTH), got 0 0 4``.
+    """
+    named = _kind(re.sub(r"^-\S+ |, -.*", "", expected))
+    kind = _kind(kinds) or named
+    number = NUMBERS.get(kind.strip("[").split(" ")[0])
+    values = [one or other for one, other in re.findall(r"'([^']*)'|\"([^\"]*)\"", got)]
+    came = " ".join(values) or "nothing"
+    if number is None:
+        return f"{flag} takes {named}, got {came}"
+    if " " not in kind:
+        return f"{flag} must be a {number}, got {came!r}"
+    count = None if "[" in kind else len(kind.split())
+    names = "" if named == kind else f" ({named})"
+    stray = len(values) > (count or 1) and not _is_number(values[-1])
+    hint = f": what belongs to no flag goes before {flag}" if stray else ""
+    return f"{flag} takes {'' if count is None else f'{count} '}{number}s{names}, got {came}{hint}"
+
+
+def _kind(text: str) -> str:
+    """tyro's word for a kind of values, without the None that stands for no value."""
+    return re.sub(r"\{None\}\||[{}]", "", text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _lower(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from perrin.cli.console import report
-from perrin.cli.editing import Common, Edit, Images, Job, check_at_least_one, edited, open_folder
+from perrin.cli.editing import Common, Edit, Images, Job, check_at_least_one, edited, many, open_folder
 from perrin.cli.flags import parse
 from perrin.cli.recipe import Recipe, Way
 from perrin.errors import ArgumentError
@@ -39,8 +39,9 @@ class Options:
     data: tyro.conf.Positional[str | None] = None
     """Images of the run's shape and levels; by default the part that the run held out."""
     mask: Path | None = None
-    """What to fill: a picture, white where to fill, or an .npy array (H, W), not 0 where to fill."""
-    box: Box | None = None
+    """What to fill: a picture, white where to fill (colours above half of the highest level on average, whatever the
+    alpha), or an .npy array (H, W), not 0 where to fill."""
+    box: Annotated[Box | None, tyro.conf.arg(metavar="TOP LEFT HEIGHT WIDTH")] = None
     """What to fill: a box, by the pixels above it and left of it, its height and its width."""
     resamples: int = 10
     """How often each step is taken: the more, the better the new part fits the rest."""
@@ -83,7 +84,7 @@ def run(args: Sequence[str]) -> None:
     each = way.sampler.network_calls / (len(way.sampler.times) - 1)
     calls = job.edit(store, filling(options, way, fill), calls=moves * each, batch_size=options.batch_size)
     grid = job.grid(store, lambda x: [torch.where(fill.cpu(), 0.0, x)])
-    how = f"{options.resamples} resamples, jump {options.jump}"
+    how = f"{many(options.resamples, 'resample')}, jump {options.jump}"
     told = edited(job, options.run, store, settings=settings, calls=calls, how=how, grid=grid)
     report(*told, as_json=options.common.json)
 
@@ -117,7 +118,10 @@ def check(options: Options) -> None:
     options.recipe.check()
     check_at_least_one(options, ("resamples", "jump", "count", "variations", "batch_size"))
     if (options.mask is None) == (options.box is None):
-        raise ArgumentError("what to fill must be said by either --mask FILE or --box TOP LEFT HEIGHT WIDTH")
+        found = "neither" if options.mask is None else "both"
+        raise ArgumentError(
+            f"what to fill must be said by either --mask FILE or --box TOP LEFT HEIGHT WIDTH, got {found}"
+        )
 
 
 def with_fewer_steps(recipe: Recipe, model: Run) -> Recipe:
@@ -134,19 +138,13 @@ def region(options: Options, model: Run) -> Tensor:
     """
     height, width = model.folder.facts.shape[1:]
     if options.mask is not None:
-        source, fill = f"--mask {options.mask}", from_mask(options.mask, height, width)
-    else:
-        assert options.box is not None
-        source, fill = "--box", from_box(options.box, height, width)
-    if not fill.any() or fill.all():
-        raise ArgumentError(
-            f"{source} must leave some pixels to fill (white) and some to keep, got only one kind"
-        )
-    return fill.to(model.device)
+        return from_mask(options.mask, height, width).to(model.device)
+    assert options.box is not None
+    return from_box(options.box, height, width).to(model.device)
 
 
 def from_box(box: Box, height: int, width: int) -> Tensor:
-    """Where ``box`` lies, (H, W) of bool. Raises `ArgumentError` unless it lies within the image."""
+    """Where ``box`` lies, (H, W) of bool. Raises `ArgumentError` unless it lies within the image and leaves some."""
     import torch
 
     top, left, tall, wide = box
@@ -155,22 +153,32 @@ def from_box(box: Box, height: int, width: int) -> Tensor:
             f"--box {top} {left} {tall} {wide} (TOP LEFT HEIGHT WIDTH) must lie within the images, "
             f"{height} x {width} pixels (height x width)"
         )
+    if tall == height and wide == width:
+        raise ArgumentError(
+            f"--box {top} {left} {tall} {wide} must leave some pixels to keep, got the whole image, "
+            f"{height} x {width} pixels (height x width)"
+        )
     fill = torch.zeros(height, width, dtype=torch.bool)
     fill[top : top + tall, left : left + wide] = True
     return fill
 
 
 def from_mask(path: Path, height: int, width: int) -> Tensor:
-    """What the mask in ``path`` marks, (H, W) of bool. Raises `ArgumentError` for one of another size."""
+    """What the mask in ``path`` marks, (H, W) of bool. Raises `ArgumentError` for another size, or all or nothing."""
     import torch
 
-    from perrin.data.masks import load_mask
+    from perrin.data.masks import load_mask, rule_of
 
     fill = torch.from_numpy(load_mask(path))
     if fill.shape != (height, width):
         raise ArgumentError(
             f"--mask {path} must be of the images' size, {height} x {width} pixels (height x width), "
             f"got {fill.shape[0]} x {fill.shape[1]}"
+        )
+    if not fill.any() or fill.all():
+        found = "all of them to fill" if fill.any() else "all of them to keep"
+        raise ArgumentError(
+            f"--mask {path} must leave some pixels to fill and some to keep, got {found} ({rule_of(path)})"
         )
     return fill
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,6 +14,8 @@ from perrin.cli.editing import (
     Common,
     Images,
     check_label,
+    cost_text,
+    data_of,
     keep,
     kept,
     open_folder,
@@ -34,19 +36,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     """Draw pictures from between two samples of a run, or between two images, which are turned into noise by DDIM
-    first. The noise is interpolated along an arc, and each picture is what the sampler makes of it."""
+    first. The noise is interpolated along an arc, and each picture is what the sampler makes of it; by default ddim
+    does."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     data: tyro.conf.Positional[str | None] = None
     """Images of the run's shape and levels, for --between; by default all that the run was made with."""
-    seeds: tuple[int, int] | None = None
+    seeds: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="A B")] = None
     """Interpolate between the first samples that these seeds give in `perrin sample`."""
-    between: tuple[int, int] | None = None
-    """Interpolate between the images with these numbers in the data, from 0."""
+    between: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="I J")] = None
+    """Interpolate between the images with these numbers in the data, from 0. Unless --grid says else, the steps lie
+    log-snr: nothing is clipped on the way up, and pure noise beyond sigma / alpha = 80 would blow up errors."""
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 8
     """Number of pictures, with both ends."""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: Recipe(sampler="ddim"))
     common: Annotated[Common, tyro.conf.arg(name="")] = field(default_factory=Common)
 
 
@@ -55,12 +59,13 @@ def run(args: Sequence[str]) -> None:
     options = parse(Options, args, command="interpolate")
     check(options)
     model = options.common.load(options.run)
-    way = options.recipe.way(model)
+    recipe = options.recipe if options.between is None else inverting(options.recipe)
+    way = recipe.way(model)
     check_label(options.common.label, way, model)
     images = None if options.between is None else chosen(options, options.between, model, way)
     classes = one_class(options, model, way, images)
     data = None if images is None else images.dataset.facts.fingerprint
-    ends = {
+    named = {
         "seeds": options.seeds and list(options.seeds),  # as JSON gives them back
         "between": options.between and list(options.between),
         "data": data,
@@ -70,21 +75,36 @@ def run(args: Sequence[str]) -> None:
         model,
         way,
         options.common,
-        recipe=options.recipe,
-        settings={**ends, "count": options.count},
+        recipe=recipe,
+        settings={**named, "count": options.count},
     )
     calls = draw(options, model, way, store, images, classes)
     x = [kept(store, i) for i in range(options.count)]
     grid = write_rows(store, with_ends(x, images, model), model)
-    figures = {**settings, "run": str(options.run), "network_calls": calls}
+    error = None if images is None else ends_error(x, images, model)
+    figures = {**settings, "run": str(options.run), "network_calls": calls, "ends_rmse": error}
     figures |= {"pictures": str(store.target), "grid": grid}
-    between = f"--seeds {options.seeds}" if images is None else f"--between {options.between}"
-    cost = "" if calls is None else f", {calls:g} network calls each"
+    report(figures, describe(figures, model), as_json=options.common.json)
+
+
+def describe(figures: dict[str, Any], model: Run) -> list[str]:
+    """The figures for people."""
+    name = "seeds" if figures["seeds"] else "between"
+    first, second = figures[name]
     lines = [
-        f"{options.count} pictures, {between}: {store.target}, {grid}",
-        f"{settings['sampler']}{cost}; weights {model.weights} of step {model.step}",
+        f"{figures['count']} pictures, --{name} {first} {second}: {figures['pictures']}, {figures['grid']}",
+        f"{figures['sampler']}{cost_text(figures['network_calls'])}; "
+        f"weights {model.weights} of step {model.step}",
     ]
-    report(figures, lines, as_json=options.common.json)
+    if figures["ends_rmse"] is not None:
+        error = f"{figures['ends_rmse']:.3g} of [-1, 1]"
+        lines.append(f"round trip of the images at the ends: root mean square error {error}")
+    return lines
+
+
+def inverting(recipe: Recipe) -> Recipe:
+    """``recipe`` with a grid that suits an inversion without clipping, if it says nothing of its own."""
+    return recipe if recipe.grid is not None or recipe.calibrated else replace(recipe, grid="log-snr")
 
 
 def check(options: Options) -> None:
@@ -106,9 +126,7 @@ def check(options: Options) -> None:
 
 def chosen(options: Options, between: tuple[int, int], model: Run, way: Way) -> Images:
     """The two images. Raises `ArgumentError` for a number that is not in the data."""
-    from perrin.build import run_data
-
-    dataset = run_data(model, options.data, labelled=options.common.label is None)
+    dataset = data_of(model, options.data, options.common.label)
     if not all(0 <= i < len(dataset) for i in between):
         raise ArgumentError(
             f"--between must name images from 0 to {len(dataset) - 1}, got {between[0]} {between[1]}"
@@ -174,6 +192,13 @@ def pictures(
         options=sampling_options(model, way, classes),
         device=model.device,
     )
+
+
+def ends_error(x: list[Tensor], images: Images, model: Run) -> float:
+    """Root mean square of what the first and the last picture of ``x`` miss the images by, in [-1, 1], as written."""
+    import torch
+
+    return float((torch.stack([x[0], x[-1]]) - images.rows(model, (0, 1)).cpu()).square().mean().sqrt())
 
 
 def with_ends(x: list[Tensor], images: Images | None, model: Run) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from perrin.cli.console import DeviceName, examples, note, pick_device, report
+from perrin.cli.editing import data_of, many
 from perrin.cli.flags import parse
 from perrin.cli.measure import batches, finite, held_out
 from perrin.errors import ArgumentError
@@ -93,7 +96,7 @@ class Options:
     how: How = field(default_factory=How)
     out: Path | None = None
     """.npz file of the latents, which `perrin reconstruct --latents` reads; by default one in the run's folder, such
-    as latents-bdia-50-steps.npz."""
+    as latents-bdia-50-steps-1f0c9a3e.npz, where the last part stands for the data and all settings."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -204,22 +207,21 @@ class Given:
     @classmethod
     def load(cls, run: Run, data: str | None, how: How) -> Given:
         """Those of ``data``, or held out by the run. Raises `DataError` or `ArgumentError` where they do not fit."""
-        from perrin.build import run_data
-
         label = None if how.label is None else class_number(how.label, run)
-        dataset = run_data(run, data)
+        dataset = data_of(run, data, how.label)
         indices = held_out(run, len(dataset)) if data is None else range(len(dataset))
         return cls(run, dataset, indices[: how.count], label)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The examples (B, ...) at ``indices`` and their classes (B,)."""
+        import torch
+
         from perrin.build import class_numbers
 
         x, labels = self.dataset.batch(indices, self.run.device)
-        classes = class_numbers(self.run, self.dataset, labels)
-        return x, classes if classes is None or self.label is None else classes.new_full(
-            (len(x),), self.label
-        )
+        if self.label is not None:
+            return x, torch.full((len(x),), self.label, device=x.device)
+        return x, class_numbers(self.run, self.dataset, labels)
 
     def travel(self, journey: Journey, batch_size: int) -> Trips:
         """All examples up and back, a batch at a time."""
@@ -229,7 +231,7 @@ class Given:
         from perrin.evaluation.round_trips import round_trips
 
         xs, backs, residuals, states, classes, calls = [], [], [], [], [], 0
-        with Bar(f"{journey.method}, {journey.steps} steps", len(self.indices)) as bar:
+        with Bar(f"{journey.method}, {many(journey.steps, 'step')}", len(self.indices)) as bar:
             for indices in batches(self.indices, batch_size):
                 x, labels = self.batch(indices)
                 found = journey.up(x, told(labels))
@@ -266,15 +268,23 @@ def run(args: Sequence[str]) -> None:
     run = load(options.run, options.how)
     steps = min(DEFAULT_STEPS, run.diffusion.num_timesteps) if options.steps is None else options.steps
     journey = journey_of(run, options.method, steps, options.how)
-    out = options.out or run.folder.path / f"latents-{options.method}-{steps}-steps.npz"
-    claim_latents(out)
     given = Given.load(run, options.data, options.how)
     settings = settings_of(journey)
+    out = options.out or run.folder.path / default_name(settings, journey, given)
+    claim_latents(out)
     note(f"inverting {examples(len(given.indices))} with weights {run.weights} of step {run.step}")
     trips = given.travel(journey, options.how.batch_size)
     Latents(settings, trips.states, list(given.indices), trips.classes).write(out)
     figures = asdict(settings) | asdict(trips.figures) | {"tolerance": journey.tolerance, "latents": str(out)}
     report(figures, [*describe(trips.figures, journey.tolerance), f"latents: {out}"], as_json=options.json)
+
+
+def default_name(settings: Settings, journey: Journey, given: Given) -> str:
+    """A name made of all that determines the latents: other data or settings have another."""
+    search = [journey.iterations, journey.tolerance] if journey.method == "fixed-point" else []
+    data = [given.dataset.facts.fingerprint, list(given.indices), given.label]
+    digest = blake2b(json.dumps([asdict(settings), search, data]).encode(), digest_size=4).hexdigest()
+    return f"latents-{settings.method}-{settings.steps}-steps-{digest}.npz"
 
 
 def load(path: Path, how: How) -> Run:
@@ -340,7 +350,8 @@ def describe(found: RoundTrips, tolerance: float) -> list[str]:
     in_levels = finite(found.rmse_levels)
     size = f"{found.rmse:.3g} of [-1, 1]" + ("" if in_levels is None else f", {in_levels:.3g} levels")
     lines = [
-        f"{found.method}, {found.steps} steps, {examples(found.n)}, {found.network_calls} network calls",
+        f"{found.method}, {many(found.steps, 'step')}, {examples(found.n)}, "
+        f"{many(found.network_calls, 'network call')}",
         f"round trip: root mean square error {size}; largest {found.largest_error:.3g}",
     ]
     if finite(found.exact_share) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from perrin.errors import ArgumentError
+from perrin.errors import ArgumentError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +30,6 @@ SamplerName = Literal[
     "dpm-2m-sde",
     "unipc-2",
     "unipc-3",
-    "ipndm",
     "deis",
     "bdia",
 ]
@@ -40,6 +40,14 @@ GridFlag = Literal["uniform", "quadratic", "trailing", "log-snr", "karras"]
 DEFAULT_STEPS = {"ddim": 50}
 FAST_STEPS = 20
 """Steps unless asked otherwise; ancestral sampling takes all."""
+
+AUTOGUIDANCE_SCALE = 2.0
+
+NO_LABEL = -1
+"""`perrin.networks.NO_CLASS`."""
+
+MOST = 1e6
+"""The largest scale: beyond it float32 overflows."""
 
 
 @dataclass
@@ -62,6 +70,8 @@ class Way(NamedTuple):
     class_names: tuple[str, ...] | None
     """Of what samples can be drawn: a conditional run's classes, or the classifier's; None without either."""
     conditional: bool
+    withholds: bool
+    """Whether the run was trained without its classes, too."""
 
     def told(self, labels: Tensor | None) -> dict[str, Tensor] | None:
         """What the network is told, for samples of classes ``labels`` (B,)."""
@@ -100,8 +110,9 @@ class Way(NamedTuple):
 class Recipe:
     """How samples are drawn."""
 
-    sampler: SamplerName = "ddim"
-    """Which sampler: ddpm and dpm-2m-sde add noise in each step, and so do ddim with --eta and heun with --churn."""
+    sampler: SamplerName = "dpm-2m-sde"
+    """Which sampler: ddpm and dpm-2m-sde add noise in each step, and so do ddim with --eta and heun with --churn.
+    Below 10 network calls dpm-2m is better than the default."""
     steps: int | None = None
     """Number of steps, 1 to T; by default 20, 50 for ddim, T for ddpm. heun and dpm-2s call the
     network twice a step."""
@@ -124,33 +135,62 @@ class Recipe:
     """Share, 0 to 1, by which guided predictions are brought back to the contrast of plain ones."""
     autoguidance: int | None = None
     """Guide away from the weaker weights of the checkpoint of this step."""
-    autoguidance_scale: float = 2.0
-    """How far from the weaker weights: 1 is none."""
+    autoguidance_scale: float | None = None
+    """How far from the weaker weights: 1 is none; by default 2."""
     classifier: Path | None = None
     """Guide by this classifier from `perrin train-classifier`."""
-    classifier_scale: float = 1.0
-    """How strongly the classifier pulls."""
+    classifier_scale: float | None = None
+    """How strongly the classifier pulls; by default 1."""
     threshold: float | None = None
     """Dynamic threshold: the share of values, such as 0.995, that each prediction is scaled to keep within
     the range."""
 
     def check(self) -> None:
         """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-        owners = {"eta": "ddim", "churn": "heun"}
-        for name, owner in owners.items():
+        for name, owner in {"eta": "ddim", "churn": "heun"}.items():
             value = getattr(self, name)
             if value is not None and self.sampler != owner:
                 raise ArgumentError(
                     f"--{name} belongs to --sampler {owner}, got --sampler {self.sampler} --{name} {value}"
                 )
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ArgumentError(f"--eta must lie between 0 and 1, got {self.eta}")
         if self.calibrated and self.grid is not None:
             raise ArgumentError(
                 f"--calibrated has timesteps of its own: give --grid {self.grid} or it, not both"
             )
         if self.guidance_scale == 1 and (self.guidance_interval or self.guidance_rescale):
             raise ArgumentError("--guidance-interval and --guidance-rescale need --guidance-scale, got 1")
+        for name in ("autoguidance", "classifier"):
+            scale = getattr(self, f"{name}_scale")
+            if scale is not None and getattr(self, name) is None:
+                raise ArgumentError(f"--{name}-scale {scale:g} needs --{name}, which is not given")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        ranges = {
+            "steps": (1, math.inf),
+            "eta": (0, 1),
+            "churn": (0, MOST),
+            "guidance_scale": (-MOST, MOST),
+            "guidance_rescale": (0, 1),
+            "autoguidance_scale": (-MOST, MOST),
+            "classifier_scale": (-MOST, MOST),
+            "threshold": (0, 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                expected = f"at least {low}" if high == math.inf else f"from {low:g} to {high:g}"
+                raise ArgumentError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
+        if self.threshold == 0:
+            raise ArgumentError("--threshold must be above 0, got 0")
+        if (
+            self.guidance_interval is not None
+            and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]
+        ):
+            low, high = self.guidance_interval
+            raise ArgumentError(
+                f"--guidance-interval must be two rising numbers from 0 on, got {low:g} {high:g}"
+            )
 
     def way(self, run: Run, *, compile_network: bool = False) -> Way:
         """The recipe for ``run``. Raises `ArgumentError` or `RunError` for what the run cannot do."""
@@ -168,9 +208,10 @@ class Recipe:
             denoised_fn=None if self.threshold is None else dynamic_threshold(self.threshold),
             weaker=weaker,
             classifier=guide,
-            classifier_scale=self.classifier_scale,
+            classifier_scale=1.0 if self.classifier_scale is None else self.classifier_scale,
             class_names=run.folder.facts.class_names if conditional else names,
             conditional=conditional,
+            withholds=bool(run.folder.config.training.label_drop),
         )
 
     def _classifier(self, run: Run) -> tuple[nn.Module | None, tuple[str, ...] | None]:
@@ -180,7 +221,11 @@ class Recipe:
             return None, None
         network, facts = load_classifier(self.classifier, run.device)
         own = run.folder.facts
-        facts.check(run.diffusion, own.shape, own.class_names if run.folder.config.data.conditional else None)
+        conditional = run.folder.config.data.conditional
+        try:
+            facts.check(run.diffusion, own.shape, own.class_names if conditional else None)
+        except RunError as error:
+            raise RunError(f"--classifier {self.classifier}: {error}") from None
         return network, facts.classes
 
     def make_sampler(self, run: Run) -> Sampler:
@@ -225,16 +270,18 @@ class Recipe:
                 )
             )
         if weaker is not None:
-            chosen.append(autoguidance(weaker, self.autoguidance_scale))
+            scale = AUTOGUIDANCE_SCALE if self.autoguidance_scale is None else self.autoguidance_scale
+            chosen.append(autoguidance(weaker, scale))
         return tuple(chosen)
 
     def settings(self, run: Run, sampler: Sampler) -> dict[str, Any]:
-        """What of the recipe determines a sample; None stands for what older folders of samples do not name."""
+        """What of the recipe determines a sample; None where a flag is not given."""
         return {
             "sampler": self.sampler,
             "steps": len(sampler.times) - 1,
             "eta": (self.eta or 0.0) if self.sampler == "ddim" else None,
             "calibration": calibration_of(run) if self.calibrated else None,
+            "timestep_grid": self.grid,
             **{name: value for name, (value, _) in self._further().items()},
         }
 
@@ -242,7 +289,6 @@ class Recipe:
         """Settings of newer flags, None where they are at their defaults, and how a folder's name shows them."""
         defaults = Recipe()
         shown = {
-            "grid": "{}",
             "churn": "churn{:g}",
             "guidance_scale": "scale{:g}",
             "guidance_interval": "from{0[0]:g}to{0[1]:g}",
@@ -264,8 +310,9 @@ class Recipe:
 
     def name_parts(self, sampler: Sampler) -> list[str]:
         """Parts of a folder's name."""
-        parts = [f"{self.sampler}{len(sampler.times) - 1}"]
+        parts = [f"{self.sampler}-{len(sampler.times) - 1}steps"]
         parts += ["calibrated"] if self.calibrated else []
+        parts += [self.grid] if self.grid else []
         parts += [f"eta{self.eta:g}"] if self.eta else []
         return parts + [text for _, text in self._further().values() if text]
 
@@ -289,12 +336,15 @@ def class_numbers(label: str | None, way: Way, count: int, run: Path) -> list[in
         return None
     if label is None:
         return [i % len(names) for i in range(count)]
+    if label == str(NO_LABEL) and way.withholds:
+        return [NO_LABEL] * count
     if label in names:
         return [names.index(label)] * count
     if label.isdecimal() and int(label) < len(names):
         return [int(label)] * count
     known = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-    raise ArgumentError(f"--label {label}: expected 0 to {len(names) - 1} or a class name ({known})")
+    none = ", or -1 for none" if way.withholds else ""
+    raise ArgumentError(f"--label {label}: expected 0 to {len(names) - 1} or a class name ({known}){none}")
 
 
 def _check_knows_no_class(run: Run, scale: float) -> None:

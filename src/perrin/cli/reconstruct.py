@@ -47,8 +47,8 @@ class Options:
     how: How = field(default_factory=How)
     out: Path | None = None
     """Table to write, .csv or .parquet, with plot and grid beside it under the same name; by default
-    reconstruct.csv in the run's folder. With --latents, a folder of PNG files, or an .npz file; by default a
-    folder below the run's samples/."""
+    reconstruct.csv in the run's folder. With --latents, a folder of PNG files, or an .npz file; by default one
+    below the run's samples/, a folder for images."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -62,22 +62,22 @@ def run(args: Sequence[str]) -> None:
         return
     if not options.method:
         raise ArgumentError("--method must name one or more, got none")
-    from perrin.evaluation.round_trips import COLUMNS, columns_of, plot_round_trips
-    from perrin.evaluation.tables import claim_table, write_table
+    from perrin.evaluation.round_trips import columns_of, plot_round_trips
+    from perrin.evaluation.tables import write_table
 
     run = load(options.run, options.how)
     total = run.diffusion.num_timesteps
     counts = options.steps or [steps for steps in DEFAULT_STEPS if steps <= total] or [total]
     journeys = [journey_of(run, method, steps, options.how) for method in options.method for steps in counts]
     out = options.out or run.folder.path / "reconstruct.csv"
-    claim_table(out, COLUMNS)
+    claim_files(out, run)
     chosen = Given.load(run, options.data, options.how)
     note(f"reconstructing {examples(len(chosen.indices))} with weights {run.weights} of step {run.step}")
     trips = [chosen.travel(journey, options.how.batch_size) for journey in journeys]
     found = [trip.figures for trip in trips]
     write_table(out, columns_of(found))
-    plot_round_trips(found, out.with_suffix(".png"))
-    paths = {"table": str(out), "plot": str(out.with_suffix(".png"))}
+    plot_round_trips(found, plot_beside(out))
+    paths = {"table": str(out), "plot": str(plot_beside(out))}
     paths |= write_rows(out, run, [trips[0].x, *(trip.back for trip in trips)])
     rows = [{name: _plain(value) for name, value in asdict(each).items()} for each in found]
     report(
@@ -87,11 +87,37 @@ def run(args: Sequence[str]) -> None:
     )
 
 
+def plot_beside(out: Path) -> Path:
+    """Where the plot of the table ``out`` goes."""
+    return out.with_suffix(".png")
+
+
+def grid_beside(out: Path) -> Path:
+    """Where the grid of the table ``out`` goes."""
+    return out.with_name(f"{out.stem}-grid.png")
+
+
+def claim_files(out: Path, run: Run) -> None:
+    """Make sure, before long work, that the table ``out`` and its pictures can be written, over nothing else.
+
+    Raises `ArgumentError` where something that this command did not make is in the place of one of them.
+    """
+    from perrin.evaluation.round_trips import COLUMNS, claim_picture
+    from perrin.evaluation.samples import has_pictures
+    from perrin.evaluation.tables import claim_table
+
+    claim_table(out, COLUMNS)
+    claim_picture(plot_beside(out))
+    if has_pictures(run.folder.facts):
+        claim_picture(grid_beside(out))
+
+
 def write_rows(out: Path, run: Run, rows: Sequence[Tensor]) -> dict[str, str]:
     """Draw the first examples of ``rows`` (N, C, H, W) beside the table ``out``, if they are images."""
     from itertools import chain
 
     from perrin.data import to_levels, write_grid
+    from perrin.evaluation.round_trips import TITLE
     from perrin.evaluation.samples import has_pictures
 
     facts = run.folder.facts
@@ -99,9 +125,10 @@ def write_rows(out: Path, run: Run, rows: Sequence[Tensor]) -> dict[str, str]:
         return {}
     import torch
 
-    grid = out.with_name(f"{out.stem}-grid.png")
+    grid = grid_beside(out)
     shown = torch.stack(list(chain.from_iterable(row[:SHOWN].double() for row in rows)))
-    write_grid(grid, to_levels(shown, facts.levels), facts.levels, columns=min(SHOWN, len(rows[0])))
+    columns = min(SHOWN, len(rows[0]))
+    write_grid(grid, to_levels(shown, facts.levels), facts.levels, columns=columns, title=TITLE)
     return {"grid": str(grid)}
 
 
@@ -139,7 +166,7 @@ def bring_back(options: Options, path: Path) -> None:
         )
     from perrin.data import to_levels
     from perrin.evaluation.latents import Latents
-    from perrin.evaluation.samples import open_store
+    from perrin.evaluation.samples import has_pictures, open_store
 
     latents = Latents.read(path)
     made = latents.settings
@@ -148,7 +175,8 @@ def bring_back(options: Options, path: Path) -> None:
     journey = journey_back(latents, run, path)
     classes = classes_back(latents, run, options.how.label)
     count = len(latents.indices)
-    out = options.out or run.folder.samples_dir / path.stem
+    name = path.stem if has_pictures(run.folder.facts) else f"{path.stem}.npz"
+    out = options.out or run.folder.samples_dir / name
     settings = asdict(made) | {"latents": path.name, "label": options.how.label}
     store = open_store(out, settings, run.folder.facts)
     note(f"reconstructing {examples(count)} with weights {run.weights} of step {run.step} into {out}")

@@ -13,7 +13,7 @@ import tyro
 from perrin.cli.console import DeviceName, note, pick_device, report
 from perrin.cli.flags import parse
 from perrin.cli.recipe import Recipe, Way, class_numbers
-from perrin.cli.trajectory import check_trajectory, shown, write_trajectory
+from perrin.cli.trajectory import check_trajectory, claim_trajectory, shown, write_trajectory
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Options:
     checkpoint: int | None = None
     """Step of the checkpoint; by default the newest."""
     label: str | None = None
-    """Class, by name or number, of a conditional model; by default the samples take the classes in turn."""
+    """Class, by name or number, of a conditional model, -1 for none if it was trained with --label-drop; by default
+    the samples take the classes in turn."""
     out: Path | None = None
     """A folder, or a file ending in .npz; by default a folder below the run's samples/."""
     trajectory: Path | None = None
@@ -68,6 +69,8 @@ def run(args: Sequence[str]) -> None:
     classes = class_numbers(options.label, way, options.count, model.folder.path)
     job = Job(options, model, way, classes)
     out = options.out or model.folder.samples_dir / job.name
+    if options.trajectory is not None:
+        claim_trajectory(options.trajectory, out, model.folder.facts)
     settings = job.settings(out)
     store = open_store(out, settings, model.folder.facts)
     done = store.done()
@@ -76,6 +79,8 @@ def run(args: Sequence[str]) -> None:
             f"{out} holds {max(done) + 1} samples, asked for {options.count}: choose another file"
         )
     missing = sorted(set(range(options.count)) - done)
+    if options.compile:
+        note("compiling the network: the first batch takes a minute or so longer")
     note(f"sampling with weights {model.weights} of step {model.step} into {out}")
     calls = job.draw(store, missing)
     paths = store.finish(options.count, classes) | job.write_trajectory()
@@ -112,6 +117,7 @@ class Job:
     def settings(self, out: Path) -> dict[str, Any]:
         """What determines sample i; the run is named as seen from ``out``, so that both may move together."""
         return {
+            "command": "sample",
             "run": os.path.relpath(self.model.folder.path, out),
             "step": self.model.step,
             "weights": self.model.weights,
@@ -193,10 +199,11 @@ class Job:
         """What the command says at its end."""
         options, model = self.options, self.model
         before = f", {kept} of them kept from before" if kept else ""
-        steps = f"{len(self.sampler.times) - 1}{' calibrated' if options.recipe.calibrated else ''} steps"
+        count = len(self.sampler.times) - 1
+        steps = f"{count}{' calibrated' * options.recipe.calibrated} step{'s' * (count > 1)}"
         cost = "" if calls is None else f", {calls:g} network calls each"
         return [
-            f"{options.count} samples{before}: {', '.join(paths.values())}",
+            f"{options.count} sample{'s' * (options.count > 1)}{before}: {', '.join(paths.values())}",
             f"{options.recipe.sampler}, {steps}{cost}, seed {options.seed}; "
             f"weights {model.weights} of step {model.step}",
         ]

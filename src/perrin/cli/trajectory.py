@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STRIP_SAMPLES, STRIP_COLUMNS = 4, 10
 ANIMATED_SAMPLES = 16
+TITLE = "perrin trajectory"
 SUFFIXES = (".png", ".gif", ".webp")
 
 
@@ -23,6 +24,23 @@ def check_trajectory(path: Path) -> None:
     """Raise `ArgumentError` for a name that no picture or animation has."""
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(f"--trajectory must end in {', '.join(SUFFIXES)}, got {path.name}")
+
+
+def claim_trajectory(path: Path, out: Path, facts: Facts) -> None:
+    """Make sure, before long work, that ``path`` can be written and overwrites no other picture than such a one.
+
+    Raises `ArgumentError` for what has no pictures, and where something else is there.
+    """
+    from perrin.data.images import title_of
+    from perrin.evaluation.samples import has_pictures
+    from perrin.files import claim
+
+    if not has_pictures(facts):
+        raise ArgumentError(f"--trajectory needs a run of images, got data of shape {facts.shape}")
+    among_samples = path.resolve().parent == out.resolve() and (path.stem.isdecimal() or path.stem == "grid")
+    if among_samples or (path.exists() and title_of(path) != TITLE):
+        raise ArgumentError(f"--trajectory {path} is another picture's place: choose another name")
+    claim(path)
 
 
 def shown(path: Path, count: int) -> int:
@@ -43,7 +61,7 @@ def write_trajectory(path: Path, start: Tensor, states: Sequence[Sample], facts:
         _write_strip(path, start, states, levels)
     else:
         frames = [to_levels(x, levels) for x in (start, *(state["sample"] for state in states))]
-        write_animation(path, frames, levels)
+        write_animation(path, frames, levels, title=TITLE)
 
 
 def _write_strip(path: Path, start: Tensor, states: Sequence[Sample], levels: int | None) -> None:
@@ -58,4 +76,4 @@ def _write_strip(path: Path, start: Tensor, states: Sequence[Sample], levels: in
     noisy = torch.stack([*(before[i].to(last) for i in chosen), last], 1)
     predicted = torch.stack([*(states[i]["pred_xstart"] for i in chosen), last], 1)
     rows = torch.stack([noisy, predicted], 1).flatten(0, 2)  # from (B, 2, columns + 1, C, H, W)
-    write_grid(path, to_levels(rows, levels), levels, columns=columns + 1)
+    write_grid(path, to_levels(rows, levels), levels, columns=columns + 1, title=TITLE)

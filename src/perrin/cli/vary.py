@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from perrin.cli.console import report
-from perrin.cli.editing import Common, Images, Job, check_at_least_one, edited, open_folder
+from perrin.cli.editing import Common, Images, Job, check_at_least_one, edited, many, open_folder
 from perrin.cli.flags import parse
 from perrin.cli.recipe import Recipe
 from perrin.errors import ArgumentError
@@ -69,7 +69,8 @@ def run(args: Sequence[str]) -> None:
 
     calls = job.edit(store, edit, calls=later.network_calls, batch_size=options.batch_size)
     grid = job.grid(store, lambda x: [])
-    how = f"strength {options.strength:g}, {len(later.times) - 1} of {len(way.sampler.times) - 1} steps"
+    whole = many(len(way.sampler.times) - 1, "step")
+    how = f"strength {options.strength:g}, {len(later.times) - 1} of {whole}"
     told = edited(job, options.run, store, settings=settings, calls=calls, how=how, grid=grid)
     report(*told, as_json=options.common.json)
 

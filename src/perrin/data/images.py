@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.files import written_aside
@@ -31,11 +32,19 @@ def write_image(path: str | Path, values: np.ndarray, levels: int | None) -> Non
     _save(Path(path), _displayed(values, levels))
 
 
-def write_grid(path: str | Path, values: np.ndarray, levels: int | None, columns: int | None = None) -> None:
+def write_grid(
+    path: str | Path,
+    values: np.ndarray,
+    levels: int | None,
+    columns: int | None = None,
+    *,
+    title: str | None = None,
+) -> None:
     """Writes images (N, C, H, W) as one PNG, row by row, in a near-square grid unless ``columns`` says else.
 
     Depth and errors as in `write_image`. Tiles are magnified by a whole number until their shorter side has
-    48 pixels; between and around them, and in empty places, are opaque mid-grey gaps of 2 pixels.
+    48 pixels; between and around them, and in empty places, are opaque mid-grey gaps of 2 pixels. ``title`` is kept
+    in the file, see `title_of`.
     """
     if values.ndim != 4 or 0 in values.shape or values.shape[1] > 4:
         raise ShapeError(f"expected images (N, C, H, W) with C from 1 to 4, got {values.shape}")
@@ -43,11 +52,16 @@ def write_grid(path: str | Path, values: np.ndarray, levels: int | None, columns
         columns = math.ceil(math.sqrt(len(values)))
     if columns < 1:
         raise ArgumentError(f"columns must be at least 1, got {columns}")
-    _save(Path(path), _tiled(_displayed(values, levels), columns))
+    _save(Path(path), _tiled(_displayed(values, levels), columns), title)
 
 
 def write_animation(
-    path: str | Path, frames: Sequence[np.ndarray], levels: int | None, columns: int | None = None
+    path: str | Path,
+    frames: Sequence[np.ndarray],
+    levels: int | None,
+    columns: int | None = None,
+    *,
+    title: str = "",
 ) -> None:
     """Writes ``frames``, each (N, C, H, W) as in `write_grid`, as a GIF or WebP by the suffix of ``path``.
 
@@ -70,7 +84,22 @@ def write_animation(
             duration=durations,
             loop=0,
             lossless=True,  # of WebP, which else smooths
+            comment=title.encode(),  # of GIF
+            xmp=title.encode(),  # of WebP
         )
+
+
+def title_of(path: Path) -> str | None:
+    """The title that `write_grid` or `write_animation` left in the picture at ``path``; None where there is none."""
+    try:
+        with Image.open(path) as image:
+            found = [image.info.get(key) for key in ("Title", "comment", "xmp")]
+    except OSError:
+        return None
+    texts = [
+        value.decode(errors="replace") if isinstance(value, bytes) else value for value in found if value
+    ]
+    return texts[0] if texts else None
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
@@ -106,10 +135,13 @@ def _tiled(pixels: np.ndarray, columns: int) -> np.ndarray:
     return grid
 
 
-def _save(path: Path, pixels: np.ndarray) -> None:
+def _save(path: Path, pixels: np.ndarray, title: str | None = None) -> None:
     """Writes ``pixels`` (C, H, W) as a PNG."""
+    kept = PngInfo()
+    if title is not None:
+        kept.add_text("Title", title)
     with written_aside(path) as aside:
-        _picture(pixels).save(aside, format="PNG")
+        _picture(pixels).save(aside, format="PNG", pnginfo=kept)
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:

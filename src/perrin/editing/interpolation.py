@@ -128,8 +128,10 @@ def interpolate_data(
     """Samples (``count``, ...) from between two examples, ``first`` and ``second`` (...), inverted by DDIM.
 
     The ends are the examples up to the error of the naive inversion, O(1 / steps), which `SamplerDDIM.round_trip`
-    measures. Nothing is clipped unless asked: a clipped prediction cannot be inverted. Raises `ArgumentError` unless
-    eta is 0, and as `interpolate` does.
+    measures. Nothing is clipped unless asked: a clipped prediction cannot be inverted. Give ``sampler`` the grid
+    "log-snr" or "karras", which leave out noise beyond sigma / alpha = 80. Cosine chains go far beyond it with any
+    other grid; the network's errors blow up there, and what comes back is noise. Raises `ArgumentError` unless eta
+    is 0, and as `interpolate` does.
     """
     told = (
         None

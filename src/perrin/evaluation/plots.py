@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
+from perrin.data.images import title_of
 from perrin.files import written_aside
 
 if TYPE_CHECKING:
@@ -35,11 +34,7 @@ def save_figure(figure: Figure, path: Path, title: str) -> None:
 
 def has_title(path: Path, title: str) -> bool:
     """Whether ``path`` is a picture that `save_figure` wrote with ``title``."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Title") == title
-    except OSError:
-        return False
+    return title_of(path) == title
 
 
 def plot_training(rows: Sequence[Row], path: Path) -> None:

@@ -10,8 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from perrin.data import to_levels
-from perrin.evaluation.plots import figure_of, save_figure
+from perrin.errors import ArgumentError
+from perrin.evaluation.plots import figure_of, has_title, save_figure
 from perrin.evaluation.tables import Columns
+from perrin.files import claim
+
+TITLE = "perrin reconstruct"
+"""Of the pictures that the command writes."""
 
 COLUMNS = (
     "method",
@@ -90,7 +95,7 @@ def columns_of(found: Sequence[RoundTrips]) -> Columns:
 def plot_round_trips(found: Sequence[RoundTrips], path: Path) -> None:
     """Draw the error against the number of steps into the PNG at ``path``, a line a method.
 
-    Hollow marks are examples that did not all converge.
+    Hollow marks, which the legend explains, are examples that did not all converge.
     """
     figure = figure_of(1)
     axes = figure.add_subplot(1, 1, 1)
@@ -102,10 +107,22 @@ def plot_round_trips(found: Sequence[RoundTrips], path: Path) -> None:
         if short:
             axes.plot(*zip(*short, strict=True), "o", markerfacecolor="white", color=drawn.get_color())
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="root mean square error, data in [-1, 1]")
+    if any(each.converged < each.n for each in found):
+        axes.plot([], [], "o", markerfacecolor="white", color="grey", label="hollow: not all converged")
     ticks = sorted({each.steps for each in found})
     axes.set_xticks(ticks, [str(steps) for steps in ticks])
     axes.set_xticks([], minor=True)
     axes.set_title("Round trip: inverted and sampled again")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, path, "perrin reconstruct")
+    save_figure(figure, path, TITLE)
+
+
+def claim_picture(path: Path) -> None:
+    """Make sure, before long work, that a picture can be written to ``path``, over none but the command's own.
+
+    Raises `ArgumentError` where something else is there, `OSError` where nothing can be written.
+    """
+    if path.exists() and not has_title(path, TITLE):
+        raise ArgumentError(f"{path} exists and was not made by {TITLE}: choose another --out")
+    claim(path)

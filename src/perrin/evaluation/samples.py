@@ -18,7 +18,10 @@ from perrin.errors import RunError
 from perrin.files import write_text, written_aside
 
 MAX_IN_GRID = 400
+MOST_COLUMNS = 20
+"""The most classes that have a column each."""
 _SETTINGS = "settings.json"
+_BEFORE = {"command": "sample"}  # what settings without it are of
 
 
 def has_pictures(facts: Facts) -> bool:
@@ -42,10 +45,12 @@ class PictureFolder:
         write_image(self._path(number), values, self.levels)
 
     def finish(self, count: int, classes: list[int] | None) -> dict[str, str]:
-        """Draw the grid of the first samples; returns the paths written."""
+        """Draw the grid of the first samples, a column for each class; returns the paths written."""
         shown = [decode(self._path(i)) for i in range(min(count, MAX_IN_GRID))]
         grid = self.target / "grid.png"
-        write_grid(grid, np.stack([picture.pixels for picture in shown]), shown[0].levels)
+        pixels = np.stack([picture.pixels for picture in shown])
+        kinds = len(set(classes or ()))
+        write_grid(grid, pixels, shown[0].levels, columns=kinds if 1 < kinds <= MOST_COLUMNS else None)
         return {"samples": str(self.target), "grid": str(grid)}
 
     def _path(self, number: int) -> Path:
@@ -129,7 +134,9 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         _agree(folder, _settings_in(record), settings)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists and was not made by perrin sample: choose another place")
+        raise RunError(
+            f"{folder} holds something else, which this command did not make: choose another place"
+        )
     write_text(record, json.dumps(settings, indent=2) + "\n")
 
 
@@ -145,9 +152,10 @@ def _settings_in(record: Path) -> Mapping[str, Any]:
 
 def _agree(place: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     for key, value in asked.items():
-        if found.get(key) != value:
+        there = found.get(key, _BEFORE.get(key))
+        if there != value:
             raise RunError(
-                f"{place} holds samples of {key} {found.get(key)}, asked for {value}: choose another place"
+                f"{place} holds pictures of {key} {there}, asked for {value}: choose another place"
             )
 
 
@@ -157,4 +165,6 @@ def _settings_within(file: Path) -> Mapping[str, Any]:
             settings: Mapping[str, Any] = json.loads(str(archive["settings"]))
             return settings
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        raise RunError(f"{file} exists and was not made by perrin sample: choose another file") from None
+        raise RunError(
+            f"{file} holds something else, which this command did not make: choose another file"
+        ) from None

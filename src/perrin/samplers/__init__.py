@@ -13,7 +13,6 @@ from perrin.samplers.dpm import SamplerDPM
 from perrin.samplers.grids import Grid, GridName, grid_times
 from perrin.samplers.heun import SamplerHeun
 from perrin.samplers.inversion import FixedPoint, Inversion
-from perrin.samplers.ipndm import SamplerIPNDM
 from perrin.samplers.unipc import SamplerUniPC
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "SamplerDEIS",
     "SamplerDPM",
     "SamplerHeun",
-    "SamplerIPNDM",
     "SamplerUniPC",
     "Stepped",
     "Visit",
@@ -52,7 +50,6 @@ SAMPLERS: Mapping[str, Callable[..., Sampler]] = MappingProxyType(
         "dpm-2m-sde": partial(SamplerDPM, solver="2m-sde"),
         "unipc-2": SamplerUniPC,
         "unipc-3": partial(SamplerUniPC, order=3),
-        "ipndm": SamplerIPNDM,
         "deis": SamplerDEIS,
         "bdia": SamplerBDIA,
     }

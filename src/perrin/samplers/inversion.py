@@ -13,6 +13,7 @@ from torch import Tensor
 from perrin.denoiser import Denoiser
 from perrin.errors import ArgumentError
 from perrin.guidance import Guidance
+from perrin.noise import CLEAN
 from perrin.reverse import CondFn, Model, ModelKwargs
 from perrin.samplers.bdia import DATA_STD
 from perrin.samplers.ddim import SamplerDDIM
@@ -23,6 +24,13 @@ MEMORY = 4
 
 LEAST_DAMPING = 0.25
 """A share that halving does not go below: what still grows then needs another direction, not a smaller step."""
+
+PATIENCE = 8
+"""Calls in which the residual of a sample's step from the data must fall by the share `LEAST_GAIN`, else that step is
+given up: predictions of discrete data lie near a level there, whatever z is. In later steps residuals may wander for
+15 calls before they fall."""
+
+LEAST_GAIN = 0.1
 
 _RIDGE = 10  # roundings of the trace: keeps the least squares solvable where earlier moves are alike
 
@@ -47,7 +55,8 @@ class FixedPoint:
 
     A step solves ``DDIM(z, t to s) = x_s`` for z by Anderson's acceleration of the fixed-point iteration, from the
     naive guess. Each sample goes its own way: it keeps its best iterate, halves its step while the residual
-    grows, and rests once its residual is at most ``tolerance``. ``iterations`` bounds the network calls of a step.
+    grows, and rests once its residual is at most ``tolerance``, or in the step from the data has hardly fallen in
+    `PATIENCE` calls. ``iterations`` bounds the network calls of a step.
 
     Raises `ArgumentError` unless ``iterations`` >= 1 and ``tolerance`` >= 0, and where eta is not 0.
     """
@@ -101,15 +110,23 @@ class FixedPoint:
         best, calls = step.tried(step.guess(eps)), 1
         damping = torch.ones_like(best.residual)
         moves: list[_Move] = []
-        while calls < self.iterations and bool((best.residual > self.tolerance).any()):
-            resting = append_dims(best.residual <= self.tolerance, best.z.ndim)
-            trial = step.tried(torch.where(resting, best.z, _proposed(best, moves, damping)))
+        reached = [best.residual]
+        while calls < self.iterations and not bool((resting := self._resting(step, reached)).all()):
+            trial = step.tried(_where(resting, best.z, _proposed(best, moves, damping)))
             moves = [_Move(trial.z - best.z, trial.change - best.change), *moves][:MEMORY]
             better = trial.residual < best.residual
             damping = torch.where(better, 1.0, (damping / 2).clamp(min=LEAST_DAMPING))
             best = _Trial(*(_where(better, new, old) for new, old in zip(trial, best, strict=True)))
+            reached.append(best.residual)
             calls += 1
         return best, calls
+
+    def _resting(self, step: _Step, reached: Sequence[Tensor]) -> Tensor:
+        """Which samples have no more to gain of ``step``, (B,), by the residual that each call has ``reached``."""
+        done = reached[-1] <= self.tolerance
+        if step.s != CLEAN or len(reached) <= PATIENCE:
+            return done
+        return done | (reached[-1] > (1 - LEAST_GAIN) * reached[-1 - PATIENCE])
 
 
 class _Trial(NamedTuple):
