@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from perrin.cli.console import DeviceName, note, pick_device, report
+from perrin.cli.console import DeviceName, examples, note, pick_device, report
 from perrin.cli.flags import parse
 from perrin.errors import ArgumentError, DataError
 
@@ -81,12 +81,14 @@ def run(args: Sequence[str]) -> None:
 
     model = load_run(options.run, device=pick_device(options.device))
     task = task_of(options, model)
-    task.check()
+    check_task(task)
     claim(task.folder / FACTS_FILE)
     unlimited = options.steps is None and options.minutes is None
     budget = Budget(DEFAULT_STEPS if unlimited else options.steps, options.minutes)
+    held_out = len(task.batches().held_out)
     note(
-        f"classifier {task.folder}: {len(task.dataset)} examples of {len(task.classes)} classes, on {model.device}"
+        f"classifier {task.folder}: {len(task.classes)} classes; {examples(len(task.dataset))}, of which {held_out} "
+        f"{'is' if held_out == 1 else 'are'} held out; on {model.device}"
     )
     with Display() as display:
         facts = train_classifier(task, budget, display.follow)
@@ -106,6 +108,18 @@ def check(options: Options) -> None:
         raise ArgumentError(f"--lr must be above 0, got {options.lr}")
     if not options.weight_decay >= 0:
         raise ArgumentError(f"--weight-decay must be at least 0, got {options.weight_decay}")
+
+
+def check_task(task: ClassifierTask) -> None:
+    """Raise what training would, before anything is written, with the flags' names for the network's arguments."""
+    from perrin.training.classifier import EncoderConfig
+
+    try:
+        task.check()
+    except ArgumentError as error:
+        name, _, rest = str(error).partition(" ")
+        known = name in {field.name for field in fields(EncoderConfig)}
+        raise ArgumentError(f"--{name.replace('_', '-')} {rest}" if known else str(error)) from None
 
 
 def task_of(options: Options, model: Run) -> ClassifierTask:

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion
@@ -142,10 +142,11 @@ def _ends(chain: ChainMark) -> str:
 def save_classifier(folder: Path, facts: ClassifierFacts, weights: dict[str, Tensor]) -> None:
     """Write both files; the JSON, last, is what makes the new weights count. Raises `RunError` where it cannot."""
     file = folder / FACTS_FILE
-    before = _read_facts(file).weights if file.exists() else facts.weights
+    before = _read_facts(file).weights if is_facts(file) else facts.weights
     try:
         with written_aside(folder / facts.weights) as hidden:
-            save_file({name: value.cpu().contiguous() for name, value in weights.items()}, hidden)
+            # safetensors' own way to write a file lets nobody else read it.
+            hidden.write_bytes(save({name: value.cpu().contiguous() for name, value in weights.items()}))
         write_text(file, _FACTS.dump_json(facts, indent=2).decode() + "\n")
         if before != facts.weights:
             (folder / before).unlink(missing_ok=True)
@@ -174,6 +175,15 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
     check_fit(network.state_dict(), state, str(folder / facts.weights))
     network.load_state_dict(state)
     return network.requires_grad_(False).eval().to(device), facts
+
+
+def is_facts(file: Path) -> bool:
+    """Whether ``file`` is the JSON file of a classifier."""
+    try:
+        _read_facts(file)
+    except (OSError, RunError):
+        return False
+    return True
 
 
 def _read_facts(file: Path) -> ClassifierFacts:

@@ -18,17 +18,19 @@ from perrin.config import RunConfig
 from perrin.data import Dataset
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import DataError, NonFiniteError, RunError
-from perrin.files import written_aside
+from perrin.files import is_leftover, written_aside
 from perrin.likelihood.bands import NoiseBands
 from perrin.networks import Encoder
 from perrin.randomness import generator_for
 from perrin.timestep_sampling import UniformSampler
 from perrin.training.checkpoint import STATE_FILE, DamagedFileError, read_state
 from perrin.training.classifier import (
+    FACTS_FILE,
     BandAccuracy,
     ChainMark,
     ClassifierFacts,
     EncoderConfig,
+    is_facts,
     save_classifier,
 )
 from perrin.training.ema import EMA
@@ -85,9 +87,10 @@ class ClassifierTask:
         }
 
     def check(self) -> None:
-        """Raise what training would of the data and the network, before anything is written."""
+        """Raise what training would of the data, the network and the folder, before anything is written."""
         self.batches()
         self.network()
+        saved_state(self.folder)
 
     def network(self) -> Encoder:
         """The network with its initial weights, on the CPU."""
@@ -236,15 +239,9 @@ class _Session:
         return facts
 
     def _restore(self) -> None:
-        folder = self.task.folder
-        if not (folder / STATE_FILE).exists():
+        state = saved_state(self.task.folder)
+        if state is None:
             return
-        try:
-            state = read_state(folder)
-        except DamagedFileError as error:
-            raise RunError(f"{error}; delete it to start again") from None
-        if "mark" not in state:
-            raise RunError(f"{folder / STATE_FILE} is not of a classifier: choose another --out")
         self._check_same(json.loads(state["mark"]))
         self.network.load_state_dict(state["model"])
         self.ema.load_state_dict(EMA_RATE, state["ema"])
@@ -254,14 +251,39 @@ class _Session:
     def _check_same(self, saved: dict[str, Any]) -> None:
         for name, asked in json.loads(json.dumps(self.task.mark())).items():
             if name != "chain" and saved[name] != asked:
+                flag = name.replace("_", "-")
                 raise RunError(
-                    f"{self.task.folder} holds a classifier with {name} {saved[name]}, asked for {asked}: "
+                    f"{self.task.folder} holds a classifier with {flag} {saved[name]}, asked for {asked}: "
                     "choose another --out"
                 )
         chain = saved["chain"]
         mark = ChainMark(**{**chain, "log_snr": tuple(chain["log_snr"])})
         if not mark.same(ChainMark.of(self.diffusion)):
             raise RunError(f"{self.task.folder} holds a classifier for another chain: choose another --out")
+
+
+def saved_state(folder: Path) -> dict[str, Any] | None:
+    """What training in ``folder`` goes on from; None where it begins.
+
+    Raises `RunError` where the folder holds something that `train_classifier` did not make, or its state is damaged.
+    """
+    foreign = RunError(f"{folder} exists and was not made by perrin train-classifier: choose another place")
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise foreign
+    finished = is_facts(folder / FACTS_FILE)
+    if not (folder / STATE_FILE).exists():
+        if not finished and not all(is_leftover(path) for path in folder.iterdir()):
+            raise foreign
+        return None
+    try:
+        state = read_state(folder)
+    except DamagedFileError as error:
+        raise (RunError(f"{error}; delete it to start again") if finished else foreign) from None
+    if not isinstance(state, dict) or "mark" not in state:
+        raise foreign
+    return state
 
 
 @torch.no_grad()
