@@ -204,7 +204,7 @@ def test_what_goes_with_sampling_reaches_the_steps() -> None:
         return NETWORK(x, t)
 
     def filled(**options: object) -> Tensor:
-        how = SamplingOptions(model_kwargs={"y": torch.tensor([4, 5])}, **options)  # type: ignore[arg-type]
+        how = SamplingOptions(model_kwargs={"y": torch.tensor([4, 5])}, **options)  # type: ignore[arg-type]  # of a table of both kinds
         return inpaint(SamplerDDIM(PLAIN, 4), network, x, fill=FILL, resamples=2, options=how)[..., FILL]
 
     clipped = filled()
@@ -220,7 +220,7 @@ class _Known:
     """A guidance that knows x_start to be 0.25."""
 
     def __init__(self, denoiser: object) -> None:
-        self.base = denoiser.base  # type: ignore[attr-defined]
+        self.base = denoiser.base  # type: ignore[attr-defined]  # a Guidable has it
         self.schedule = self.base.schedule
 
     def __call__(self, x: Tensor, t: float) -> object:

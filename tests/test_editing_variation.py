@@ -150,7 +150,7 @@ def test_what_goes_with_sampling_reaches_the_steps() -> None:
         return 3 * x
 
     def varied(**options: object) -> torch.Tensor:
-        how = SamplingOptions(model_kwargs={"y": torch.tensor([1, 2])}, **options)  # type: ignore[arg-type]
+        how = SamplingOptions(model_kwargs={"y": torch.tensor([1, 2])}, **options)  # type: ignore[arg-type]  # of a table of both kinds
         return vary(sampler, network, x, strength=0.5, options=how)
 
     clipped = varied()
@@ -169,7 +169,7 @@ class _Negated:
     """A guidance that knows x_start to be 0.25."""
 
     def __init__(self, denoiser: object) -> None:
-        self.base = denoiser.base  # type: ignore[attr-defined]
+        self.base = denoiser.base  # type: ignore[attr-defined]  # a Guidable has it
 
     def schedule(self, t: float) -> tuple[float, float]:
         return self.base.schedule(t)

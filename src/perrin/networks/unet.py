@@ -1,6 +1,6 @@
 """The U-Net of Improved DDPM (arXiv:2102.09672) and ADM (arXiv:2105.05233), for any size and channels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from perrin.networks.checks import require_divisible, require_input, require_pos
 from perrin.networks.embeddings import Conditioning, FourierFeatures
 from perrin.networks.layers import Upsample, add_input, conv3x3, output_layers
 from perrin.networks.levels import Block, DownLevel, UpLevel
-from perrin.networks.plan import level_plan
+from perrin.networks.plan import LevelPlan, level_plan
 
 
 class UNet(nn.Module):
@@ -79,6 +79,19 @@ class UNet(nn.Module):
         features = self.features.channels(in_channels) * patch**2
         out = (out_channels or in_channels * (2 if learn_sigma else 1)) * patch**2
         block = partial(Block, embedding=4 * channels, dropout=dropout, checkpoint=checkpoint)
+        self._add_levels(levels, (channels, features, out), num_res_blocks, num_heads, block=block)
+
+    def _add_levels(
+        self,
+        levels: Sequence[LevelPlan],
+        widths_around: tuple[int, int, int],
+        num_res_blocks: int,
+        num_heads: int,
+        *,
+        block: Callable[..., Block],
+    ) -> None:
+        """The way down, the middle and the way up; around them ``(channels, features, out)``."""
+        channels, features, out = widths_around
         widths = [channels * level.mult for level in levels]
         starts = [channels, *widths[:-1]]  # in which each level begins on the way down
         last = widths[-1]
