@@ -129,7 +129,9 @@ class SamplerDDIM(Sampler):
 
         Naive: each step up takes the eps of where it starts; `perrin.samplers.inversion.FixedPoint` does better.
 
-        Nothing is clipped unless asked. `round_trip` measures the error. Raises `ArgumentError` unless eta is 0.
+        Nothing is clipped unless asked, so the grid should leave out noise beyond sigma / alpha = 80, which blows up
+        the network's errors: "log-snr" and "karras" do. `round_trip` measures the error. Raises `ArgumentError`
+        unless eta is 0.
         """
         self._check_deterministic()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)

@@ -91,7 +91,8 @@ class FixedPoint:
         """The inversion of ``x_start`` (B, ...) under the arguments of `SamplerDDIM.invert`.
 
         A step may have no solution, and then does not converge: where predictions are clipped, or hardly depend on
-        z, as those of discrete data at the first timestep, which lie near a level whatever z is.
+        z, as those of discrete data at the first timestep, which lie near a level whatever z is. Give the sampler the
+        grid "log-snr" or "karras": noise beyond sigma / alpha = 80, unclipped, blows up the network's errors.
         """
         denoise = self.sampler.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
         times = self.sampler.times[::-1]
