@@ -16,7 +16,7 @@ from perrin.likelihood.dequantization import TruncatedNormal, Uniform
 from perrin.likelihood.flow import Exact, Flow, Hutchinson
 from perrin.likelihood.timesteps import BestTimesteps
 from perrin.reverse import ReverseProcess
-from perrin.samplers import SamplerDDIM, SamplerDEIS, bdia, ddim, heun, multistep
+from perrin.samplers import SamplerBDIA, SamplerDDIM, SamplerDEIS, bdia, ddim, dpm, heun, inversion, multistep
 from perrin.variance import VARIANCES, FixedVariance, ModelVarType, RangedVariance
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -262,6 +262,23 @@ def leap_too_short(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bdia, "_ddim", lambda denoised, level: 0.99 * original(denoised, level))
 
 
+def leap_too_long(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SamplerBDIA, "_leap", scaled(SamplerBDIA._leap, 1.0001))
+
+
+def content_at_once(patch: pytest.MonkeyPatch) -> None:
+    original = inversion._Step.tried
+
+    def tried(self: inversion._Step, z: Tensor) -> inversion._Trial:
+        return original(self, z)._replace(residual=torch.zeros(len(z)))
+
+    patch.setattr(inversion._Step, "tried", tried)
+
+
+def ode_for_sde(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(dpm, "_sde_shares", multistep.ode_shares)
+
+
 FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
     (wrong_schedule, ("schedule: *",)),
     (wrong_noising, ("forward: noising",)),
@@ -298,6 +315,9 @@ FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
     (no_second_slope, ("solver: order of heun",)),
     (moments_of_the_end, ("solver: order of deis",)),
     (leap_too_short, ("solver: order of bdia",)),
+    (leap_too_long, ("inversion: bdia, round trip",)),
+    (content_at_once, ("inversion: fixed point, round trip",)),
+    (ode_for_sde, ("solver: variance of dpm-2m-sde",)),
     (inversion_stops_early, ("ddim: inversion, order", "ddim: round trip, order")),
     (noise_of_the_batch, ("seeded: *another batch size",)),
     (noise_too_large, ("seeded: *, variance",)),
