@@ -66,12 +66,12 @@ def test_tensor_times_give_each_example_its_level() -> None:
 def test_times_outside_the_chain_are_refused(t: float) -> None:
     denoise = DiffusionDenoiser(chain(), arbitrary(1))
     for call in (denoise.schedule, lambda t: denoise(normal(1, 2), t)):
-        with pytest.raises(ArgumentError, match=f"time must be from 0 to {T - 1}, got"):
+        with pytest.raises(ArgumentError, match=f"t must be from 0 to {T - 1}, got"):
             call(t)
 
 
 def test_the_data_cannot_be_denoised() -> None:
-    with pytest.raises(ArgumentError, match="time must be from 0"):
+    with pytest.raises(ArgumentError, match="t must be from 0"):
         DiffusionDenoiser(chain(), arbitrary(1))(normal(1, 2), CLEAN)
 
 

@@ -9,13 +9,23 @@ import torch
 from perrin import mean_flat
 from perrin.diffusion import GaussianDiffusion
 from perrin.schedules import cosine_betas
-from perrin.tensors import Tables, affine, append_dims, gather, mix, root, scale, scale_
+from perrin.tensors import Remembered, Tables, affine, append_dims, gather, mix, root, scale, scale_
 
 
 def test_mean_flat_keeps_the_first_dimension() -> None:
     x = torch.arange(24.0).reshape(2, 3, 4)
     torch.testing.assert_close(mean_flat(x), torch.tensor([5.5, 17.5]))
     torch.testing.assert_close(mean_flat(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
+
+
+def test_what_is_remembered_is_made_once_and_forgotten_when_there_is_too_much() -> None:
+    asked: list[float] = []
+    doubled = Remembered(lambda t: asked.append(t) or 2 * t, most=3)
+    assert [doubled[t] for t in (1, 0.5, 1.0, 1)] == [2, 1, 2, 2]
+    assert asked == [1, 0.5]
+    assert [doubled[t] for t in (3, 4, 1)] == [6, 8, 2]
+    assert asked == [1, 0.5, 3, 4, 1]
+    assert len(doubled) == 2
 
 
 def test_append_dims() -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import ArgumentError
 from perrin.forward import Step
-from perrin.noise import CLEAN, Level
+from perrin.noise import CLEAN
 from perrin.parameterization import Denoised
 from perrin.reverse import Model, ModelKwargs
 from perrin.tensors import Coefficient, mix, scale_
@@ -46,6 +44,10 @@ class Guidable(Denoiser, Protocol):
         """The diffusion and the network beneath all guidance."""
         ...
 
+    def acting(self, t: Time) -> Guidable:
+        """Itself, or the denoiser beneath it whose prediction it leaves as it is at time ``t``."""
+        ...
+
     def raw(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``, before ``denoised_fn`` and clipping."""
         ...
@@ -69,6 +71,10 @@ class DiffusionDenoiser:
         """Itself."""
         return self
 
+    def acting(self, t: Time) -> DiffusionDenoiser:
+        """Itself."""
+        return self
+
     def __call__(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``."""
         step = self.step(t)
@@ -80,12 +86,12 @@ class DiffusionDenoiser:
     def combined(
         self, x: Tensor, t: float, kept: float, gained: float
     ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The function of this name without ``denoised_fn``: the sum takes the place of x_start, which is ours."""
-        step, clip, read = self._number(t), self.clip_denoised, self.diffusion.x_start
-        output = self.diffusion.output(self.model, x, step, self.model_kwargs)
-        x_start = read(output, x, step, clip_denoised=clip)
-        sample = scale_(gained, x_start).add_(x, alpha=kept)
-        return sample, lambda: read(output, x, step, clip_denoised=clip)
+        """The function of this name without ``denoised_fn``: no x_start is made, and the sum takes its place."""
+        diffusion, clip = self.diffusion, self.clip_denoised
+        output = diffusion.output(self.model, x, t, self.model_kwargs)
+        scaled, share = diffusion.x_start_by_x(output, x, t, clip_denoised=clip)
+        sample = scale_(gained * share, scaled).add_(x, alpha=kept)
+        return sample, lambda: diffusion.x_start(output, x, t, clip_denoised=clip)
 
     def raw(self, x: Tensor, t: Time) -> Denoised:
         """What the network says, before ``denoised_fn`` and clipping."""
@@ -101,25 +107,11 @@ class DiffusionDenoiser:
         if isinstance(t, Tensor):
             alpha, sigma = self.diffusion.level(t.clamp(min=0), t)
             return torch.where(t == CLEAN, 1.0, alpha), torch.where(t == CLEAN, 0.0, sigma)
-        level = self._levels.get(t)
-        if level is None:
-            level = Level(1.0, 0.0) if t == CLEAN else self.diffusion.level_of_batch(self._number(t))
-            self._levels[t] = level
-        return level
-
-    @cached_property
-    def _levels(self) -> dict[float, Level]:
-        """Those that were asked for: a step's two times are also those of the steps beside it."""
-        return {}
+        return self.diffusion.level_of_batch(t)
 
     def step(self, t: Time) -> Step | float:
-        """``t`` as the diffusion takes it. Raises `ArgumentError` for a number outside 0..T - 1."""
-        return t.flatten() if isinstance(t, Tensor) else self._number(t)
-
-    def _number(self, t: float) -> float:
-        if not 0 <= t <= self.diffusion.num_timesteps - 1:
-            raise ArgumentError(f"time must be from 0 to {self.diffusion.num_timesteps - 1}, got {t}")
-        return int(t) if t == int(t) else t
+        """``t`` as the diffusion takes it."""
+        return t.flatten() if isinstance(t, Tensor) else t
 
 
 def combined(
@@ -127,15 +119,19 @@ def combined(
 ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
     """``kept x + gained x_start`` for ``x`` (B, ...) at time ``t``; and x_start, or what makes it.
 
-    The sum is a new tensor in the dtype of ``x``, at least float32, and the same bits in either way.
+    The sum is a new tensor in the dtype of ``x``, at least float32. Where a network's prediction is not guided at
+    this time, no x_start is made on the way to it: that is one pass over memory less, and otherwise rounded.
     """
     x_start: Tensor | Callable[[], Tensor]
+    if not isinstance(denoise, DiffusionDenoiser) and hasattr(denoise, "acting"):
+        denoise = denoise.acting(t)
     if (
         isinstance(denoise, DiffusionDenoiser)
         and denoise.denoised_fn is None
         and not isinstance(t, Tensor)
         and isinstance(kept, float)
         and isinstance(gained, float)
+        and kept != 0  # else the sum is x_start, as the last step's, to the bit
     ):
         sample, x_start = denoise.combined(x, t, kept, gained)
     else:

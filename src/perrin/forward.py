@@ -13,9 +13,9 @@ from torch import Tensor
 
 from perrin.errors import ArgumentError, ShapeError
 from perrin.gaussian import normal_kl
-from perrin.noise import Level, level_between, time_between
+from perrin.noise import CLEAN, Level, level_between, time_between
 from perrin.schedules import tables
-from perrin.tensors import Coefficient, Tables, at_least_float32, mean_flat, mix, scale
+from perrin.tensors import Coefficient, Remembered, Tables, at_least_float32, mean_flat, mix, scale
 
 Step = int | Tensor
 
@@ -34,6 +34,11 @@ class ForwardProcess(Tables):
     def __init__(self, betas: object) -> None:
         super().__init__(tables(betas))
         self.num_timesteps = len(self.betas)
+
+    def add_tables(self, tables: dict[str, Tensor]) -> None:
+        """Hold ``tables`` too, in the place of those that have the same name."""
+        super().add_tables(tables)
+        self._levels = Remembered(self._level)
 
     def q_mean_variance(self, x_start: Tensor, t: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0), each shaped like ``x_start`` (DDPM eq. 4)."""
@@ -64,11 +69,17 @@ class ForwardProcess(Tables):
         return self.at("sqrt_alphas_cumprod", t, like), self.at("sqrt_one_minus_alphas_cumprod", t, like)
 
     def level_of_batch(self, t: float) -> Level:
-        """`level` at one number for the whole batch."""
+        """`level` at one number for the whole batch: from 0 to T - 1, or CLEAN. Raises `ArgumentError` otherwise."""
+        return self._levels[t]
+
+    def _level(self, t: float) -> Level:
+        if t == CLEAN:
+            return Level(1.0, 0.0)
+        self.check_time(t)
         before = int(t)
         if before == t:
-            alpha = self.number("sqrt_alphas_cumprod", before)
-            return Level(alpha, self.floats["sqrt_one_minus_alphas_cumprod"][before])
+            columns = "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"
+            return Level(*(self.floats[column][before] for column in columns))
         return level_between(self.level_of_batch(before), self.level_of_batch(before + 1), t - before)
 
     def log_snr(self, t: int) -> float:
@@ -85,6 +96,11 @@ class ForwardProcess(Tables):
             expected = f"from {self.log_snr(last):g} to {self.log_snr(0):g}"
             raise ArgumentError(f"log_snr must be {expected}, got {log_snr:g}")
         return time_between(self.log_snr, self.num_timesteps, log_snr)
+
+    def check_time(self, t: float) -> None:
+        """Raise `ArgumentError` unless 0 <= ``t`` <= T - 1."""
+        if not 0 <= t <= self.num_timesteps - 1:
+            raise ArgumentError(f"t must be from 0 to {self.num_timesteps - 1}, got {t}")
 
     def check_times(self, t: Tensor, x: Tensor) -> None:
         """Raise `ShapeError` or `ArgumentError` unless ``t`` is (B,) integers, in 0..T - 1 where looking is free."""

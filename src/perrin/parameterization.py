@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from perrin.tensors import Coefficient
+Number = TypeVar("Number", float, Tensor)
+"""One number for the whole batch, or as many as a table has or a batch needs."""
 
 
 class ModelMeanType(Enum):
@@ -23,10 +24,10 @@ class ModelMeanType(Enum):
 
 def output_pair(
     mean_type: ModelMeanType,
-    alpha: Coefficient,
-    sigma: Coefficient,
-    previous: tuple[Coefficient, Coefficient],
-) -> tuple[Coefficient, Coefficient]:
+    alpha: Number,
+    sigma: Number,
+    previous: tuple[Number, Number],
+) -> tuple[Number, Number]:
     """(a, b) where x_t = ``alpha`` x_0 + ``sigma`` eps: the network predicts ``a x_0 + b eps``.
 
     ``previous`` is the pair of PREVIOUS_X, which depends on the step before too.
@@ -40,16 +41,16 @@ def output_pair(
     }[mean_type]
 
 
-class Reading(NamedTuple):
+class Reading(NamedTuple, Generic[Number]):
     """How an output is read: ``x_0 = xstart_out out + xstart_x x_t`` and ``eps = eps_out out + eps_x x_t``."""
 
-    xstart_out: Coefficient
-    xstart_x: Coefficient
-    eps_out: Coefficient
-    eps_x: Coefficient
+    xstart_out: Number
+    xstart_x: Number
+    eps_out: Number
+    eps_x: Number
 
 
-def reading(a: Coefficient, b: Coefficient, alpha: Coefficient, sigma: Coefficient) -> Reading:
+def reading(a: Number, b: Number, alpha: Number, sigma: Number) -> Reading[Number]:
     """x_0 and eps from the two equations ``out = a x_0 + b eps`` and ``x_t = alpha x_0 + sigma eps``."""
     determinant = a * sigma - b * alpha
     return Reading(sigma / determinant, -b / determinant, -alpha / determinant, a / determinant)

@@ -17,9 +17,9 @@ from torch import Tensor
 from perrin.errors import ArgumentError, ShapeError
 from perrin.forward import ForwardProcess, Step, filled
 from perrin.noise import time_between
-from perrin.parameterization import Denoised, ModelMeanType, output_pair, reading
+from perrin.parameterization import Denoised, ModelMeanType, Reading, output_pair, reading
 from perrin.schedules import respaced_tables
-from perrin.tensors import Coefficient, mix
+from perrin.tensors import Coefficient, Remembered, at_least_float32, mix
 from perrin.terms import PMeanVariance
 from perrin.variance import VARIANCES, ModelVarType, Variance
 
@@ -53,6 +53,11 @@ class ReverseProcess(ForwardProcess):
         self.variance: Variance = VARIANCES[model_var_type]
         self._add_reading(*self._output_pair(), torch.arange(self.num_timesteps))
 
+    def add_tables(self, tables: dict[str, Tensor]) -> None:
+        """Hold ``tables`` too, in the place of those that have the same name."""
+        super().add_tables(tables)
+        self._readings, self._network_times = Remembered(self._reading), Remembered(self._network_time)
+
     def _output_pair(self) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         # The posterior mean (DDPM eq. 7) coef1 x_0 + coef2 (alpha x_0 + sigma eps).
@@ -60,12 +65,11 @@ class ReverseProcess(ForwardProcess):
             self.get_buffer("alphas_cumprod_prev").sqrt(),
             self.get_buffer("posterior_mean_coef2") * sigma,
         )
-        a, b = output_pair(self.model_mean_type, alpha, sigma, previous)
-        return torch.as_tensor(a), torch.as_tensor(b)
+        return output_pair(self.model_mean_type, alpha, sigma, previous)
 
     def _add_reading(self, a: Tensor, b: Tensor, timestep_map: Tensor) -> None:
         read = reading(a, b, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        columns = {name: torch.as_tensor(column) for name, column in read._asdict().items()}
+        columns = read._asdict()
         if not all(column.isfinite().all() for column in columns.values()):
             raise ArgumentError(
                 f"{self.model_mean_type.name} does not determine x_0 where x_t holds no signal (the last beta is "
@@ -131,17 +135,26 @@ class ReverseProcess(ForwardProcess):
 
         The training timestep as int64; in float32 where t is fractional, or rescaled to 0..1000 (IDDPM).
         """
-        scale = 1000 / self.original_num_timesteps if self.rescale_timesteps else 1
         if isinstance(t, Tensor):
             self.check_times(t, x)
             times = self.table("timestep_map", t.device)[t]
-            return times.float() * scale if self.rescale_timesteps else times.long()
-        time = self.number("timestep_map", int(t)) if t == int(t) else self._original_time(t)
+            return times.float() * self._time_scale if self.rescale_timesteps else times.long()
+        time, dtype = self._network_times[t]
+        return torch.full((x.shape[0],), time, dtype=dtype, device=x.device)
+
+    def _network_time(self, t: float) -> tuple[float, torch.dtype]:
+        self.check_time(t)
         dtype = torch.int64 if t == int(t) and not self.rescale_timesteps else torch.float32
-        return torch.full((x.shape[0],), time * scale, dtype=dtype, device=x.device)
+        return self._original_time(t) * self._time_scale, dtype
+
+    @property
+    def _time_scale(self) -> float:
+        return 1000 / self.original_num_timesteps if self.rescale_timesteps else 1
 
     def _original_time(self, t: float) -> float:
-        """The time of the level at the fractional ``t`` among the timesteps that the network was trained at."""
+        """The time of the level at ``t`` among the timesteps that the network was trained at."""
+        if t == int(t):
+            return self.number("timestep_map", int(t))
         if self.num_timesteps == self.original_num_timesteps:
             return t
         values = self.original_log_snr
@@ -192,18 +205,39 @@ class ReverseProcess(ForwardProcess):
         x_start = mix(*self._rule("xstart", t, x, mean))
         return x_start.clamp_(-1, 1) if clip_denoised else x_start
 
+    def x_start_by_x(
+        self, output: Tensor, x: Tensor, t: float, *, clip_denoised: bool = False
+    ) -> tuple[Tensor, float]:
+        """A new tensor and the number that makes it the x_start of `read`, up to rounding.
+
+        The number is the share of ``x`` in x_start, 1 / alpha for EPSILON: one pass over memory does without it
+        what two do with it. It is 1 where ``x`` has no share.
+        """
+        of_mean, of_x = self._readings[t][:2]
+        if of_x == 0:
+            return self.x_start(output, x, t, clip_denoised=clip_denoised), 1.0
+        mean, _ = self._halves(output, x)
+        scaled = torch.add(at_least_float32(x), mean, alpha=of_mean / of_x)
+        return scaled.clamp_(-1 / abs(of_x), 1 / abs(of_x)) if clip_denoised else scaled, of_x
+
     def _rule(
         self, name: Literal["xstart", "eps"], t: Step | float, x: Tensor, mean: Tensor
     ) -> tuple[Coefficient, Tensor, Coefficient, Tensor]:
         """The two terms whose sum is x_start or eps."""
-        if not isinstance(t, float):
+        if isinstance(t, Tensor):
             return self.at(name + "_out", t, x), mean, self.at(name + "_x", t, x), x
+        read = self._readings[t]
+        of_mean, of_x = read[:2] if name == "xstart" else read[2:]
+        return of_mean, mean, of_x, x
+
+    def _reading(self, t: float) -> Reading[float]:
+        self.check_time(t)
+        if t == int(t):
+            return Reading(*(self.number(name, int(t)) for name in Reading._fields))
         if not self.knows_fractional_times:
             raise ArgumentError(f"a PREVIOUS_X network knows whole timesteps only, got t = {t}")
-        alpha, sigma = self.level(t, x)
-        pair = output_pair(self.model_mean_type, alpha, sigma, (0.0, 0.0))
-        rule = reading(*pair, alpha, sigma)._asdict()
-        return rule[name + "_out"], mean, rule[name + "_x"], x
+        alpha, sigma = self.level_of_batch(t)
+        return reading(*output_pair(self.model_mean_type, alpha, sigma, (0.0, 0.0)), alpha, sigma)
 
     def _halves(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.variance.extra_channels == 0:

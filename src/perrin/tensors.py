@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ Coefficient = float | Tensor
 # as the whole call, but takes the alpha of a sum as it is.
 _ZERO = torch.zeros(())
 _FULL = (torch.float32, torch.float64)
+
+Value = TypeVar("Value")
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
@@ -93,6 +95,20 @@ def root(square: Coefficient) -> Coefficient:
 def widest_dtype(device: torch.device | str) -> torch.dtype:
     """float64, or float32 on a device that has none (MPS)."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+class Remembered(dict[float, Value], Generic[Value]):
+    """``make(t)`` for each number t that is asked for, made once; all are forgotten when there are too many."""
+
+    def __init__(self, make: Callable[[float], Value], most: int = 4096) -> None:
+        super().__init__()
+        self.make, self.most = make, most
+
+    def __missing__(self, t: float) -> Value:
+        if len(self) >= self.most:
+            self.clear()
+        self[t] = value = self.make(t)
+        return value
 
 
 class Tables(nn.Module):

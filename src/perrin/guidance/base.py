@@ -26,6 +26,10 @@ class Guided(ABC):
         """The diffusion and the network beneath all guidance."""
         return self.denoiser.base
 
+    def acting(self, t: Time) -> Guidable:
+        """Itself."""
+        return self
+
     @abstractmethod
     def raw(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``, before ``denoised_fn`` and clipping."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from perrin.denoiser import Time
+from perrin.denoiser import Guidable, Time
 from perrin.errors import ArgumentError
 from perrin.guidance.base import Guided
 from perrin.parameterization import Denoised
@@ -40,12 +40,15 @@ class Contrasted(Guided):
     def guided(self, x: Tensor, t: Time, weight: Coefficient) -> Denoised:
         """The raw prediction extrapolated by ``weight``."""
 
+    def acting(self, t: Time) -> Guidable:
+        """Itself where it extrapolates at time ``t``, else what acts beneath it."""
+        weight = self._weight(t)
+        return self.denoiser.acting(t) if isinstance(weight, float) and weight == 1 else self
+
     def raw(self, x: Tensor, t: Time) -> Denoised:
         """The prediction extrapolated where it is to be."""
-        weight = self._weight(t)
-        if isinstance(weight, float) and weight == 1:
-            return self.denoiser.raw(x, t)
-        return self.guided(x, t, weight)
+        acting = self.acting(t)
+        return self.guided(x, t, self._weight(t)) if acting is self else acting.raw(x, t)
 
     def _weight(self, t: Time) -> Coefficient:
         """``scale`` within the interval and 1 outside."""
