@@ -1,5 +1,6 @@
 """A tiny data set and a tiny run, as a user's commands make them."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -51,6 +52,7 @@ TINY_MLP = [
         "2",
     ),
 ]
+BOX = ["--box", "0", "0", "4", "4"]
 
 
 def image_file(folder: Path, *, n: int = 20, size: int = 8, seed: int = 0) -> Path:
@@ -92,3 +94,22 @@ def figures_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
     assert main([*args, "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
+
+
+def measured(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, name: str = "table.csv"
+) -> tuple[dict, Path]:
+    """The figures of ``perrin likelihood`` and the table that it writes."""
+    out = tmp_path / name
+    return figures_of(["likelihood", str(run), "--out", str(out), *flags], capsys), out
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a .csv table."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(path: Path, name: str) -> np.ndarray:
+    """A column of a .csv table, as numbers."""
+    return np.array([float(row[name]) for row in table(path)])

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
-from perrin.cli.console import DeviceName, note, report, with_error
-from perrin.cli.flags import parse
-from perrin.cli.measure import Calls, Subject, batches
+from perrin.cli.console import DeviceName, examples, many, note, report, with_error
+from perrin.cli.flags import check_at_least, parse
+from perrin.cli.measure import Calls, Subject, batches, finite
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ LEADING = ("index", "name", "outside", "score", "p_value", "rough_bpd")
 """The first columns of every table of anomalies."""
 RANKED_SHARE = 1 / 3
 """Of --reference data, the share that p-values rank among; the rest is fitted."""
+FEWEST_REFERENCES = 16
+"""Half as many are ranked, and of those `perrin.evaluation.anomaly.FEWEST` are needed."""
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,7 @@ def run(args: Sequence[str]) -> None:
     options = parse(Options, args, command="anomaly")
     check(options)
     model = Subject.load(
-        options.run,
-        weights=options.weights,
-        checkpoint=options.checkpoint,
-        steps=None,
-        calibrated=False,
-        device=options.device,
+        options.run, weights=options.weights, checkpoint=options.checkpoint, device=options.device
     )
     parts = [
         _part(model, name, options.limit) for name in (options.data, options.outside) if name is not None
@@ -180,7 +176,7 @@ def run(args: Sequence[str]) -> None:
     outputs.claim(told=options.out is not None)
     counts = [len(part.indices) for part in parts]
     note(
-        f"scoring {' + '.join(map(str, counts))} {_plural('example', counts[-1])} against {len(fitted.indices)} + "
+        f"scoring {' + '.join([*map(str, counts[:-1]), examples(counts[-1])])} against {len(fitted.indices)} + "
         f"{len(ranked.indices)} of {fitted.name}, with weights {model.run.weights} of step {model.run.step}"
     )
     figures = measure(model, parts, fitted, ranked, outputs=outputs, options=options)
@@ -189,10 +185,8 @@ def run(args: Sequence[str]) -> None:
 
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-    for name, least in (("limit", 1), ("batch_size", 1), ("reference_size", 16)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    check_at_least(options, ("limit", "batch_size"))
+    check_at_least(options, ("reference_size",), FEWEST_REFERENCES)
 
 
 def _part(model: Subject, name: str, limit: int | None) -> Part:
@@ -329,7 +323,7 @@ def group(scores: Scores, smallest: float) -> Group:
         p_below_01=shares[0],
         p_below_05=shares[1],
         rough_bpd_mean=mean,
-        rough_bpd_se=error if isfinite(error) else None,
+        rough_bpd_se=finite(error),
     )
 
 
@@ -351,9 +345,8 @@ def describe(figures: Figures) -> list[str]:
         f", smallest possible p {figures.smallest_p:.2g}",
         "the rough bound is from the same calls, with one noise for all, and biased: `perrin likelihood` is the "
         "number; it is no anomaly score",
-        f"weights {figures.weights} of step {figures.step}; {figures.network_calls} "
-        f"network {_plural('call', figures.network_calls)} per example; "
-        f"{figures.seconds:.1f} s",
+        f"weights {figures.weights} of step {figures.step}; {many(figures.network_calls, 'network call')} per "
+        f"example; {figures.seconds:.1f} s",
         f"one row per example: {figures.table}",
     ]
 
@@ -368,10 +361,6 @@ def _line(found: Group) -> str:
 
 def _share(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def _area(area: AUROC) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tyro
 
+from perrin.cli.bound import data_text
 from perrin.cli.console import DeviceName, note, report, with_error
-from perrin.cli.flags import parse
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.measure import Calls, Effort, Subject, batches, bound_of, finite, held_out
-from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from perrin.build import Run
@@ -110,16 +110,9 @@ class Fitted(NamedTuple):
 def run(args: Sequence[str]) -> None:
     """Calibrate what ``args`` ask for."""
     options = parse(Options, args, command="calibrate")
-    for name in ("images", "limit", "batch_size"):
-        if (value := getattr(options, name)) < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least(options, ("images", "limit", "batch_size"))
     subject = Subject.load(
-        options.run,
-        weights=options.weights,
-        checkpoint=options.checkpoint,
-        steps=None,
-        calibrated=False,
-        device=options.device,
+        options.run, weights=options.weights, checkpoint=options.checkpoint, device=options.device
     )
     figures = Calibrating(subject, options).figures()
     report(asdict(figures), describe(figures), as_json=options.json)
@@ -301,13 +294,13 @@ def row_of(cell: Cell) -> dict[str, object]:
 
 def describe(figures: Figures) -> list[str]:
     """The figures for people."""
-    levels = "continuous data" if figures.levels is None else f"{figures.levels} levels"
     measured = [
         f"{with_error(found.bpd, found.bpd_se)} with {found.steps} calibrated steps, measured on that chain"
         for found in figures.measured
     ]
     return [
-        f"bits/dim of n = {figures.n} held-out examples ({levels}, predictions clipped), by number of steps",
+        f"bits/dim of n = {figures.n} held-out examples ({data_text(figures.levels)}, predictions clipped), "
+        "by number of steps",
         *table_lines(figures.curve),
         "every row ends in the decoder of calibrated width; `DP` timesteps are those that suit the row's variance",
         f"standard errors are in {figures.table}",

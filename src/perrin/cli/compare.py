@@ -138,9 +138,8 @@ def run(args: Sequence[str]) -> None:
         claim_table(options.out, LEADING)
     dataset = run_data(a.run, options.data)
     if b.run.folder.config.data.conditional:
-        run_data(
-            b.run, options.data or a.run.folder.config.data.path
-        )  # refused without the classes that B knows
+        # Refused without the classes that B knows.
+        run_data(b.run, options.data or a.run.folder.config.data.path)
     indices = (
         list(range(len(dataset))) if options.data is not None else held_out_of_both(a.run, b.run, dataset)
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from perrin.cli.console import note, report
-from perrin.cli.flags import parse
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.measure import Subject, held_out
 from perrin.errors import ArgumentError, RunError
 
@@ -84,8 +84,7 @@ class Figures:
 def run(args: Sequence[str]) -> None:
     """Compress what ``args`` ask for."""
     options = parse(Options, args, command="compress")
-    if options.limit is not None and options.limit < 1:
-        raise ArgumentError(f"--limit must be at least 1, got {options.limit}")
+    check_at_least(options, ("limit",))
     out = options.out or Path(default_name(options))
     claim_new(out)
     from perrin.build import run_data

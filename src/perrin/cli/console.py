@@ -33,8 +33,12 @@ def note(text: str) -> None:
 
 def report(figures: Mapping[str, object], lines: Iterable[str], *, as_json: bool) -> None:
     """Print the results: one JSON object of ``figures``, numbers that are not finite as null; or ``lines``."""
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
-    print(json.dumps(plain) if as_json else "\n".join(lines), flush=True)
+    print(json.dumps(plain(figures)) if as_json else "\n".join(lines), flush=True)
+
+
+def plain(figures: Mapping[str, object]) -> dict[str, object]:
+    """``figures`` for JSON, which has no word for numbers that are not finite but null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 def with_error(mean: float, error: float | None) -> str:
@@ -60,6 +64,11 @@ def measured_text(mean: float, error: float, noise: float, *, count: int, remedy
 def examples(count: int) -> str:
     """``1 example``, ``2 examples``."""
     return f"{count} example{'s' * (count != 1)}"
+
+
+def many(count: float, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:

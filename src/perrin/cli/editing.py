@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perrin.cli.console import DeviceName, note, pick_device
+from perrin.cli.console import DeviceName, many, note, pick_device
 from perrin.cli.recipe import Recipe, Way
 from perrin.errors import ArgumentError, DataError
 
@@ -292,19 +292,6 @@ def edited(
     return figures | {"pictures": str(store.target), "grid": grid}, lines
 
 
-def many(count: float, noun: str) -> str:
-    """``1 step``, ``2 steps``."""
-    return f"{count:g} {noun}{'s' * (count != 1)}"
-
-
 def cost_text(calls: float | None) -> str:
     """How often a network saw each picture, to go on a line with; nothing where none was drawn."""
     return "" if calls is None else f", {many(calls, 'network call')} each"
-
-
-def check_at_least_one(options: object, names: Sequence[str]) -> None:
-    """Raise `ArgumentError` unless the flags ``names`` are at least 1."""
-    for name in names:
-        value = getattr(options, name)
-        if value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

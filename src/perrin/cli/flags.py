@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry
 
-from perrin.errors import ConfigError
+from perrin.errors import ArgumentError, ConfigError
 
 Options = TypeVar("Options")
 
@@ -45,6 +45,19 @@ def parse_known(options: type[Options], args: Sequence[str]) -> Options:
     """The ``options`` among ``args``, whatever else is there. Raises `ConfigError` for a value of the wrong kind."""
     with _errors_on_one_line():
         return tyro.cli(options, args=list(args), add_help=False, return_unknown_args=True)[0]
+
+
+def flag_of(name: str) -> str:
+    """The flag of an option's field: ``--batch-size`` for ``batch_size``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_at_least(options: object, names: Iterable[str], least: int = 1) -> None:
+    """Raise `ArgumentError` unless the ``options`` called ``names`` are at least ``least``, or None."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ArgumentError(f"{flag_of(name)} must be at least {least}, got {value}")
 
 
 @contextmanager

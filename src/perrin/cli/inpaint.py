@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from perrin.cli.console import report
-from perrin.cli.editing import Common, Edit, Images, Job, check_at_least_one, edited, many, open_folder
-from perrin.cli.flags import parse
+from perrin.cli.console import many, report
+from perrin.cli.editing import Common, Edit, Images, Job, edited, open_folder
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.recipe import Recipe, Way
 from perrin.errors import ArgumentError
 
@@ -116,7 +116,7 @@ def filling(options: Options, way: Way, fill: Tensor) -> Edit:
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
     options.recipe.check()
-    check_at_least_one(options, ("resamples", "jump", "count", "variations", "batch_size"))
+    check_at_least(options, ("resamples", "jump", "count", "variations", "batch_size"))
     if (options.mask is None) == (options.box is None):
         found = "neither" if options.mask is None else "both"
         raise ArgumentError(

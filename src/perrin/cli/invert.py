@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from perrin.cli.console import DeviceName, examples, note, pick_device, report
-from perrin.cli.editing import data_of, many
-from perrin.cli.flags import parse
+from perrin.cli.console import DeviceName, examples, many, note, pick_device, report
+from perrin.cli.editing import data_of
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.measure import batches, finite, held_out
+from perrin.cli.recipe import GridFlag
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class How:
 
     count: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 64
     """The first so many examples."""
-    grid: Literal["uniform", "quadratic", "trailing", "log-snr", "karras"] = "log-snr"
+    grid: GridFlag = "log-snr"
     """Where the steps lie. Nothing is clipped, so that noise beyond sigma / alpha = 80, which log-snr and karras
     leave out, would blow up the network's errors."""
     iterations: int = 30
@@ -62,11 +63,7 @@ class How:
 
     def check(self) -> None:
         """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-        for name in ("count", "iterations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
+        check_at_least(self, ("count", "iterations", "batch_size"))
         if not self.tolerance >= 0:
             raise ArgumentError(f"--tolerance must be at least 0, got {self.tolerance}")
 

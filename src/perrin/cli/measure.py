@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perrin.cli.console import DeviceName, pick_device
+from perrin.cli.flags import check_at_least, flag_of
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -44,10 +46,7 @@ class Effort:
 
     def check(self) -> None:
         """Raise `ArgumentError` for numbers below 1, and for terms that are both all and some."""
-        for name in ("terms", "decoder_draws", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check_at_least(self, ("terms", "decoder_draws", "limit", "batch_size"))
         if self.exact and self.terms is not None:
             raise ArgumentError(f"--exact takes all terms and --terms {self.terms} some: give one of them")
 
@@ -77,9 +76,9 @@ class Subject:
         *,
         weights: str | None,
         checkpoint: int | None,
-        steps: int | None,
-        calibrated: bool,
         device: DeviceName,
+        steps: int | None = None,
+        calibrated: bool = False,
     ) -> Subject:
         """The run at ``path`` as its flags ask for. Raises `RunError` or `ArgumentError` where it cannot be."""
         from perrin.build import load_run, run_chain
@@ -202,11 +201,9 @@ def held_out(run: Run, count: int) -> list[int]:
 def given(options: object, names: Sequence[str]) -> list[str]:
     """Which of the fields ``names`` differ from their default, as flags."""
     known = {field.name: field.default for field in fields(options)}  # type: ignore[arg-type]  # a dataclass
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != known[name]]
+    return [flag_of(name) for name in names if getattr(options, name) != known[name]]
 
 
 def finite(value: float) -> float | None:
     """``value``, or None where it is not known."""
-    from math import isfinite
-
     return value if isfinite(value) else None

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from perrin.cli.console import measured_text
+from perrin.cli.console import many, measured_text
+from perrin.cli.flags import check_at_least
 from perrin.cli.measure import Effort, Subject, batches, given, mean_with_errors
 from perrin.errors import ArgumentError
 
@@ -53,10 +54,7 @@ class OdeOptions:
             raise ArgumentError("--tolerance needs --solver adaptive")
         if self.exact_trace and self.probes is not None:
             raise ArgumentError("--exact-trace has no --probes: give one of them")
-        for name in ("ode_steps", "probes", "draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check_at_least(self, ("ode_steps", "probes", "draws"))
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ArgumentError(f"--tolerance must be above 0 and finite, got {self.tolerance}")
 
@@ -131,11 +129,11 @@ class OdeFigures:
     def lines(self) -> list[str]:
         """The figures for people."""
         bound = "log density" if self.levels is None else f"bound with {self.dequantization} dequantization"
-        trace = f"{self.probes} Rademacher probe{'s' * (self.probes > 1)}" if self.probes else "exact trace"
+        trace = many(self.probes, "Rademacher probe") if self.probes else "exact trace"
         remedy = "--probes 2" if self.levels is None else "--draws 2"
         return [
             measured_text(self.ode_bpd, self.ode_bpd_se, self.ode_bpd_mc_se, count=self.n, remedy=remedy),
-            f"probability-flow ODE, {bound}, {self.draws} draw{'s' * (self.draws > 1)}; not the variational bound",
+            f"probability-flow ODE, {bound}, {many(self.draws, 'draw')}; not the variational bound",
             f"{self.solver}, {trace}; density at sigma/alpha = {self.start_noise:.4g}; predictions not clipped",
             f"T = {self.num_timesteps}; weights {self.weights} of step {self.step}; seed {self.seed}; "
             f"{self.seconds:.1f} s",

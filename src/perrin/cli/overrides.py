@@ -16,6 +16,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from perrin.cli.flags import flag_of
 from perrin.config import DataConfig, DiffusionConfig, MLPConfig, RunConfig, TrainingConfig, UNetConfig
 from perrin.errors import ConfigError
 
@@ -52,7 +53,7 @@ def _short(arg: str) -> list[str]:
     known = {f.name: f for kind in _SECTIONS[section] for f in fields(kind)}
     if name not in known:
         raise ConfigError(f"unknown key {section}.{name} (expected one of {', '.join(sorted(known))})")
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     if (section, name) == ("data", "path"):
         return [] if value is None else [value]
     if value is None:

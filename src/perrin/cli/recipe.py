@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from perrin.cli.flags import flag_of
 from perrin.errors import ArgumentError, RunError
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 expected = f"at least {low}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise ArgumentError(f"--{name.replace('_', '-')} must be {expected}, got {value:g}")
+                raise ArgumentError(f"{flag_of(name)} must be {expected}, got {value:g}")
         if self.threshold == 0:
             raise ArgumentError("--threshold must be above 0, got 0")
         if (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import tyro
 
-from perrin.cli.console import examples, note, report
+from perrin.cli.console import examples, note, plain, report
 from perrin.cli.flags import parse
 from perrin.cli.invert import Given, How, Journey, Method, class_number, journey_of, load, settings_of, told
 from perrin.cli.measure import batches, finite, given
@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> None:
     plot_round_trips(found, plot_beside(out))
     paths = {"table": str(out), "plot": str(plot_beside(out))}
     paths |= write_rows(out, run, [trips[0].x, *(trip.back for trip in trips)])
-    rows = [{name: _plain(value) for name, value in asdict(each).items()} for each in found]
+    rows = [plain(asdict(each)) for each in found]
     report(
         {"round_trips": rows, "tolerance": options.how.tolerance, **paths},
         describe(found, paths),
@@ -235,8 +235,3 @@ def classes_back(latents: Latents, run: Run, label: str | None) -> Tensor | None
     if label is None:
         return latents.classes
     return torch.full((len(latents.indices),), class_number(label, run))
-
-
-def _plain(value: Any) -> Any:
-    """``value``, or None for a float that is not known."""
-    return finite(value) if isinstance(value, float) else value

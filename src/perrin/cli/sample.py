@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from perrin.cli.console import DeviceName, note, pick_device, report
-from perrin.cli.flags import parse
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.recipe import Recipe, Way, class_numbers
 from perrin.cli.trajectory import check_trajectory, claim_trajectory, shown, write_trajectory
 from perrin.errors import ArgumentError
@@ -91,10 +91,7 @@ def run(args: Sequence[str]) -> None:
 
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-    if options.count < 1:
-        raise ArgumentError(f"--count must be at least 1, got {options.count}")
-    if options.batch_size < 1:
-        raise ArgumentError(f"--batch-size must be at least 1, got {options.batch_size}")
+    check_at_least(options, ("count", "batch_size"))
     if options.trajectory is not None:
         check_trajectory(options.trajectory)
     options.recipe.check()

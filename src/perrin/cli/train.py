@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import tyro
 
 from perrin.cli.console import DeviceName, duration, note, pick_device, report, with_error
-from perrin.cli.flags import parse, parse_known
+from perrin.cli.flags import check_at_least, parse, parse_known
 from perrin.cli.overrides import ConfigFlags, registry, short_flags, with_network
 from perrin.config import RunConfig, decode, read_toml
-from perrin.errors import ArgumentError
 from perrin.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -63,8 +62,7 @@ def run(args: Sequence[str]) -> None:
     args = short_flags(args)
     out = parse_known(Origin, args).out or default_folder(read(args, None))
     options = read(args, out)
-    if options.stop_at is not None and options.stop_at < 1:
-        raise ArgumentError(f"--stop-at must be at least 1, got {options.stop_at}")
+    check_at_least(options, ("stop_at",))
     config = with_absolute_path(decode(options.run.values, "command line"))
     from perrin.build import start_run
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from perrin.cli.console import DeviceName, examples, note, pick_device, report
-from perrin.cli.flags import parse
+from perrin.cli.flags import check_at_least, flag_of, parse
 from perrin.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from perrin.build import Run
+    from perrin.cli.progress import Bar
     from perrin.data import Dataset
     from perrin.training.classifier import ClassifierFacts
     from perrin.training.classifier_loop import ClassifierConfig, ClassifierProgress, ClassifierTask
@@ -74,6 +76,7 @@ def run(args: Sequence[str]) -> None:
     options = parse(Options, args, command="train-classifier")
     check(options)
     from perrin.build import load_run
+    from perrin.cli.progress import Bar
     from perrin.files import claim
     from perrin.training.classifier import FACTS_FILE
     from perrin.training.classifier_loop import train_classifier
@@ -90,18 +93,15 @@ def run(args: Sequence[str]) -> None:
         f"classifier {task.folder}: {len(task.classes)} classes; {examples(len(task.dataset))}, of which {held_out} "
         f"{'is' if held_out == 1 else 'are'} held out; on {model.device}"
     )
-    with Display() as display:
-        facts = train_classifier(task, budget, display.follow)
+    with Bar("training", 1.0) as bar:
+        facts = train_classifier(task, budget, partial(show, bar))
     figures = figures_of(options, task.folder, facts)
     report(figures, describe(figures), as_json=options.json)
 
 
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-    for name in ("steps", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least(options, ("steps", "batch_size"))
     if options.minutes is not None and not options.minutes > 0:
         raise ArgumentError(f"--minutes must be above 0, got {options.minutes}")
     if not options.lr > 0:
@@ -119,7 +119,7 @@ def check_task(task: ClassifierTask) -> None:
     except ArgumentError as error:
         name, _, rest = str(error).partition(" ")
         known = name in {field.name for field in fields(EncoderConfig)}
-        raise ArgumentError(f"--{name.replace('_', '-')} {rest}" if known else str(error)) from None
+        raise ArgumentError(f"{flag_of(name)} {rest}" if known else str(error)) from None
 
 
 def task_of(options: Options, model: Run) -> ClassifierTask:
@@ -141,8 +141,6 @@ def task_of(options: Options, model: Run) -> ClassifierTask:
 
 def classified(model: Run, dataset: Dataset, source: str | None) -> tuple[Dataset, tuple[str, ...]]:
     """``dataset`` with labels that are numbers of the classes given: a conditional run's own, else the data's."""
-    from dataclasses import replace
-
     import torch
 
     from perrin.build import class_numbers
@@ -182,30 +180,12 @@ def config_of(options: Options, shape: tuple[int, ...]) -> ClassifierConfig:
     )
 
 
-class Display:
-    """Shows how far training is."""
-
-    def __init__(self) -> None:
-        from perrin.cli.progress import Bar
-
-        self.bar = Bar("training", 1.0)
-
-    def __enter__(self) -> Display:
-        self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.__exit__()
-
-    def follow(self, now: ClassifierProgress) -> None:
-        """Take in one report."""
-        self.bar.update(
-            now.progress, f"step {now.step}, cross entropy {now.loss:.3f} nats", left=now.eta_seconds
-        )
-        if now.progress >= 1:
-            self.bar.say(
-                f"step {now.step}, cross entropy {now.loss:.3f} nats; measuring on held-out examples"
-            )
+def show(bar: Bar, now: ClassifierProgress) -> None:
+    """Take one report of training into ``bar``."""
+    figures = f"step {now.step}, cross entropy {now.loss:.3f} nats"
+    bar.update(now.progress, figures, left=now.eta_seconds)
+    if now.progress >= 1:
+        bar.say(f"{figures}; measuring on held-out examples")
 
 
 def figures_of(options: Options, folder: Path, facts: ClassifierFacts) -> dict[str, Any]:

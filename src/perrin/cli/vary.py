@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from perrin.cli.console import report
-from perrin.cli.editing import Common, Images, Job, check_at_least_one, edited, many, open_folder
-from perrin.cli.flags import parse
+from perrin.cli.console import many, report
+from perrin.cli.editing import Common, Images, Job, edited, open_folder
+from perrin.cli.flags import check_at_least, parse
 from perrin.cli.recipe import Recipe
 from perrin.errors import ArgumentError
 
@@ -78,7 +78,7 @@ def run(args: Sequence[str]) -> None:
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
     options.recipe.check()
-    check_at_least_one(options, ("count", "variations", "batch_size"))
+    check_at_least(options, ("count", "variations", "batch_size"))
     if not 0 < options.strength <= 1:
         raise ArgumentError(f"--strength must be above 0 and at most 1, got {options.strength}")
     if options.recipe.calibrated and options.recipe.sampler == "ddpm":

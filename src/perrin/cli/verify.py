@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from perrin.cli.console import DeviceName, pick_device, report
+from perrin.cli.console import DeviceName, pick_device, plain, report
 from perrin.cli.flags import parse
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run(args: Sequence[str]) -> int:
             bar.update(len(results), result.name)
     seconds = time.monotonic() - began
     figures = {
-        "checks": [_plain(result) for result in results],
+        "checks": [plain(asdict(result)) for result in results],
         "ok": all(result.ok for result in results),
         "device": str(device),
         "dtype": options.dtype,
@@ -82,12 +81,6 @@ def verdict(results: Sequence[Result]) -> str:
     """``all 73 checks hold``, or how many do not."""
     failed = sum(not result.ok for result in results)
     return f"{failed} of {len(results)} checks FAILED" if failed else f"all {len(results)} checks hold"
-
-
-def _plain(result: Result) -> dict[str, Any]:
-    """``result`` for JSON, which has no word for numbers that are not finite but null."""
-    figures = asdict(result)
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 def _shown(value: float | None, digits: int = 7) -> str:

@@ -50,9 +50,8 @@ def _along_arc(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     along, other = normalize(first), normalize(second)
     cosine = (along * other).sum(1, keepdim=True)
     across = other - cosine * along
-    across = (
-        across - (across * along).sum(1, keepdim=True) * along
-    )  # again: little may be left, rounding most of it
+    # Again: little may be left, and rounding be most of it.
+    across = across - (across * along).sum(1, keepdim=True) * along
     # Of the cosine alone, acos would lose half the digits at either end.
     angle = torch.atan2(across.norm(dim=1, keepdim=True), cosine)
     across = torch.where(angle > math.pi - NEARLY, _perpendicular(along), across)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 
-def figure_of(panels: int) -> Figure:
-    """An empty figure with room for so many ``panels`` side by side, drawn without a display."""
+def figure_of(panels: int, *, width: float = 5.5) -> Figure:
+    """An empty figure with room for ``panels`` side by side, each ``width`` inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * max(1, panels), 4), layout="constrained")
+    figure = Figure(figsize=(width * max(1, panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from perrin.evaluation.plots import figure_of
 from perrin.evaluation.tables import Columns
 from perrin.files import written_aside
 from perrin.likelihood import mean_and_error
@@ -87,12 +88,8 @@ def plot_curve(cells: Sequence[Cell], path: Path) -> None:
 
     What lies above `SHOWN` times the best figure is cut off.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     spacings = list(dict.fromkeys(cell.spacing for cell in cells))
-    figure = Figure(figsize=(3.6 * len(spacings), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(len(spacings), width=3.6)
     best = min(cell.bpd for cell in cells)
     for place, spacing in enumerate(spacings, start=1):
         axes = figure.add_subplot(1, len(spacings), place)

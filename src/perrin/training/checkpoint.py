@@ -21,9 +21,8 @@ class DamagedFileError(Exception):
     """A file of a checkpoint that is missing or cannot be read; `RunFolder` says what to do about it."""
 
     def __init__(self, path: Path, error: Exception) -> None:
-        reason = (
-            re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        )  # torch and safetensors go on at length
+        # torch and safetensors go on at length.
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         super().__init__(f"{path} is missing" if not path.exists() else f"{path} is damaged ({reason})")
 
 
@@ -42,9 +41,8 @@ class Checkpoint:
         torch.save({"step": self.step, **self.state}, folder / STATE_FILE)
         for name, tensors in self.weights.items():
             save_file(_portable(tensors), weights_file(folder, name))
-            shutil.copymode(
-                folder / STATE_FILE, weights_file(folder, name)
-            )  # safetensors lets nobody else read
+            # safetensors lets nobody else read.
+            shutil.copymode(folder / STATE_FILE, weights_file(folder, name))
 
 
 def weights_file(folder: Path, name: str) -> Path:

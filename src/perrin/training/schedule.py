@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 from perrin.config import TrainingConfig
 from perrin.errors import ConfigError
@@ -96,7 +95,5 @@ class Stopwatch:
     def __enter__(self) -> None:
         self._since = time.perf_counter()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._spent, self._since = self.seconds, None

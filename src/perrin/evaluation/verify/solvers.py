@@ -6,12 +6,11 @@ import math
 from functools import partial
 
 from perrin.evaluation.verify.bench import DATA, Bench, Check, Finding, levels_of, order_of, rms, worst
-from perrin.evaluation.verify.sampling import moments
-from perrin.oracles import GaussianData, MixtureData, Oracle
+from perrin.evaluation.verify.sampling import NOISE, moments
+from perrin.oracles import MixtureData, Oracle
 from perrin.samplers import SAMPLERS, FixedPoint, SamplerBDIA, SamplerDDIM, SamplerDPM
 from perrin.samplers.grids import MAX_SIGMA
 
-NOISE = GaussianData(0.0, 1.0)
 NARROW = MixtureData(std=0.3)
 STEPS = (40, 80)
 """Enough that the leading term is most of the error, and few enough that rounding in float32 is not."""
