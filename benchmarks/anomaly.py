@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from perrin.build import load_run, run_data
-from perrin.cli.anomaly import spread
-from perrin.data import load, split
+from perrin.data import load, split, spread
 from perrin.evaluation.anomaly import Errors, Typical, errors, visited
 from perrin.evaluation.auroc import AUROC, auroc
 

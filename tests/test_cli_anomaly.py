@@ -1,16 +1,16 @@
 """``perrin anomaly``: scores of a run's examples, from the command line."""
 
-import csv
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, table, train, vector_file
 from perrin.build import load_run
-from perrin.cli.anomaly import Part, Scores, band_names, group, reference, spread
+from perrin.cli.anomaly import Part, Scores, band_names, group, reference
 from perrin.cli.main import main
 from perrin.cli.measure import Subject
 from perrin.data import split
@@ -24,12 +24,7 @@ def run(tmp_path_factory):
     return train(image_file(folder, n=60), folder / "run", *TINY, "--held-out", "0.3")
 
 
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(rows, name):
+def numbers(rows, name):
     return torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
 
 
@@ -45,16 +40,16 @@ def test_each_example_has_a_row_and_the_figures_are_those_of_the_table(run, tmp_
     data = image_file(tmp_path, n=25, seed=1)
     figures = figures_of(["anomaly", str(run), str(data)], capsys)
     assert figures["table"] == str(run / "anomaly-images.csv")
-    rows = table(figures["table"])
+    rows = table(Path(figures["table"]))
     assert [int(row["index"]) for row in rows] == list(range(25))
     assert [row["name"] for row in rows] == [str(i) for i in range(25)]
     assert {row["outside"] for row in rows} == {"0"}
     assert list(rows[0])[:6] == ["index", "name", "outside", "score", "p_value", "rough_bpd"]
     assert sum(name.startswith("z at t=") for name in rows[0]) == 10
-    p, group = column(rows, "p_value"), figures["data"]
+    p, group = numbers(rows, "p_value"), figures["data"]
     assert group["n"] == 25
-    assert group["score_median"] == pytest.approx(float(column(rows, "score").median()), rel=1e-6)
-    rough = column(rows, "rough_bpd")
+    assert group["score_median"] == pytest.approx(float(numbers(rows, "score").median()), rel=1e-6)
+    rough = numbers(rows, "rough_bpd")
     assert group["rough_bpd_mean"] == pytest.approx(float(rough.mean()), rel=1e-6)
     assert group["rough_bpd_se"] == pytest.approx(float(rough.std()) / 5, rel=1e-5)
     assert p.min() >= figures["smallest_p"] == pytest.approx(1 / 19)  # 18 held-out examples
@@ -75,7 +70,7 @@ def test_data_known_to_be_outside_give_the_area_of_score_and_bound(run, tmp_path
     figures = figures_of(args, capsys)
     rows = table(out)
     for name, key in (("score", "auroc"), ("rough_bpd", "auroc_rough_bpd")):
-        values = [column([row for row in rows if row["outside"] == side], name) for side in "01"]
+        values = [numbers([row for row in rows if row["outside"] == side], name) for side in "01"]
         assert [len(group) for group in values] == [20, 15]
         assert figures[key] == pytest.approx(asdict(auroc(*values)), abs=1e-6)
     assert figures["auroc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -95,7 +90,7 @@ def test_a_share_below_a_level_that_no_p_value_reaches_is_unknown(run, tmp_path,
     args = ["anomaly", str(run), data, "--out", str(out)]
     for flags, smallest in (([], 1 / 19), (["--reference", data], 1 / 31)):
         figures = figures_of([*args, *flags], capsys)
-        p, found = column(table(out), "p_value"), figures["data"]
+        p, found = numbers(table(out), "p_value"), figures["data"]
         assert figures["smallest_p"] == pytest.approx(smallest)
         assert found["p_below_01"] is None
         reached = float((p < 0.05).double().mean()) if smallest < 0.05 else None
@@ -136,7 +131,7 @@ def test_rows_depend_on_the_seed_and_not_on_the_batch_size(run, tmp_path):
     for name, flags in (("one", ["--batch-size", "7"]), ("many", []), ("seed", ["--seed", "1"])):
         out = tmp_path / f"{name}.csv"
         assert main(["anomaly", str(run), str(data), "--out", str(out), *flags]) == 0
-        found.append(column(table(out), "score"))
+        found.append(numbers(table(out), "score"))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=0)
     assert not torch.allclose(found[1], found[2], rtol=1e-3)
 
@@ -174,11 +169,6 @@ def test_the_reference_is_fitted_to_training_examples_and_ranks_held_out_ones(ru
 
 def test_bands_of_nearly_equal_noise_have_columns_of_their_own():
     assert band_names([0, 1], [9.0, 8.99]) == ["z at t=0, log-SNR 9.0", "z at t=1, log-SNR 9.0"]
-
-
-def test_a_spread_is_even():
-    assert spread(range(10, 20), 4) == [10, 12, 15, 17]
-    assert spread([3, 5], 9) == [3, 5]
 
 
 def test_vectors_are_scored_and_written_as_parquet(tmp_path, capsys):

@@ -26,12 +26,6 @@ FILES = ("calibration.json", "calibration.csv", "calibration.png")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calibrate")
-    return train(image_file(folder), folder / "run", *TINY, "--held-out", "0.3")
-
-
-@pytest.fixture(scope="module")
 def figures(run):
     """What the command says with its defaults; the files that it leaves may be written over by other tests."""
     output = StringIO()

@@ -1,11 +1,9 @@
 """``perrin compare``: paired differences of two bounds."""
 
-import csv
-
 import numpy as np
 import pytest
 
-from cli_helpers import TINY, error_of, figures_of, image_file, train
+from cli_helpers import TINY, error_of, figures_of, image_file, table, train
 from perrin.cli.main import main
 from perrin.data import split
 from tiny_calibration import calibrate
@@ -48,11 +46,6 @@ def compared(a, b, capsys, *flags):
 
 def likelihood(run, tmp_path, capsys, *flags):
     return figures_of(["likelihood", str(run), *map(str, flags), "--out", str(tmp_path / "own.csv")], capsys)
-
-
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_difference_is_the_mean_of_the_pairs(a, b, data, tmp_path, capsys):

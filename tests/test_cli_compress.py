@@ -16,12 +16,6 @@ from perrin.training import RunFolder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compress")
-    return train(image_file(folder), folder / "run", *TINY, "--held-out", "0.3")
-
-
-@pytest.fixture(scope="module")
 def file(run):
     out = run.parent / "images.perrin"
     assert main(["compress", str(run), str(run.parent / "images.npz"), "--out", str(out)]) == 0

@@ -8,7 +8,8 @@ from PIL import Image
 
 from cli_helpers import TINY, error_of, figures_of, image_file, train
 from perrin.cli.main import main
-from perrin.config import DEMO, DataConfig, TrainingConfig, UNetConfig
+from perrin.config import DataConfig, TrainingConfig, UNetConfig
+from perrin.presets import DEMO
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def tiny_demo(monkeypatch):
         network=UNetConfig(channels=8, channel_mult=(1,), num_res_blocks=1, attention_levels=(), num_heads=1),
         training=TrainingConfig(steps=3, minutes=1, batch_size=16, ema=(0.9,)),
     )
-    monkeypatch.setattr("perrin.config.DEMO", config)
+    monkeypatch.setattr("perrin.presets.DEMO", config)
 
 
 @pytest.mark.usefixtures("tiny_demo")

@@ -9,11 +9,14 @@ from PIL import Image
 
 from cli_helpers import BOX, TINY, error_of, figures_of, image_file, train
 from perrin.build import load_run
+from perrin.cli import interpolate
+from perrin.cli.editing import Images, Job
 from perrin.cli.main import main
 from perrin.cli.recipe import Recipe
 from perrin.data import load, to_levels
 from perrin.data.decode import decode
 from perrin.editing import SamplingOptions, inpaint, vary
+from perrin.evaluation.samples import PictureFolder
 from perrin.samplers import SamplerDDIM, SamplerDDPM
 from tiny_calibration import calibrate
 
@@ -298,3 +301,31 @@ def test_a_label_out_of_range_is_refused(conditional, capsys):
     for command in (["vary"], ["inpaint", *BOX], ["interpolate", "--seeds", "1", "2"]):
         line = error_of([command[0], str(conditional), *command[1:], "--label", "3"], capsys)
         assert line == "--label 3: expected 0 to 2 or a class name (0, 1, 2)"
+
+
+# What fails
+
+
+def test_an_edit_that_fails_leaves_the_network_as_it_was(run, tmp_path):
+    model = load_run(run)
+    way = Recipe(sampler="ddim", steps=2).way(model)
+    job = Job("vary", model, way, Images.load(model, way, None, None, count=1), variations=1, seed=0)
+
+    def failing(x, how):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        job.edit(PictureFolder(tmp_path, 256), failing, calls=2, batch_size=1)
+    assert not model.network._forward_hooks
+
+
+def test_an_interpolation_that_fails_leaves_the_network_as_it_was(run, tmp_path, monkeypatch):
+    def failing(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(interpolate, "pictures", failing)
+    model, recipe = load_run(run), Recipe(sampler="ddim", steps=2)
+    options = interpolate.Options(run, seeds=(1, 2), recipe=recipe)
+    with pytest.raises(MemoryError):
+        interpolate.draw(options, model, recipe.way(model), PictureFolder(tmp_path, 256), None, None)
+    assert not model.network._forward_hooks

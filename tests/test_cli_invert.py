@@ -1,17 +1,18 @@
 """``perrin invert`` and ``perrin reconstruct``."""
 
-import csv
 import json
 import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cli_helpers import TINY, TINY_MLP, image_file, train, vector_file
+from cli_helpers import TINY, image_file, table, train
+from perrin.cli.invert import METHODS, Method
 from perrin.errors import PerrinError
 from perrin.evaluation.latents import Latents
 from perrin.evaluation.plots import has_title
@@ -22,12 +23,6 @@ from perrin.evaluation.round_trips import RoundTrips, plot_round_trips
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invert")
     return train(image_file(folder), folder / "run", *TINY, "--held-out", "0.3", "--conditional")
-
-
-@pytest.fixture(scope="module")
-def vectors(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vectors")
-    return train(vector_file(folder), folder / "run", *TINY_MLP)
 
 
 def call(capsys, command, *args):
@@ -107,6 +102,10 @@ def test_bdia_is_exact_in_float64(run, tmp_path, capsys):
     assert 1e-10 < single["largest_error"] < 1e-2
     assert double["network_calls"] == 23
     assert double["n"] == 6  # what was held out
+
+
+def test_every_method_is_in_the_table():
+    assert get_args(Method) == tuple(METHODS)
 
 
 def test_what_has_not_converged_is_said(run, tmp_path, capsys):
@@ -200,8 +199,7 @@ def test_the_error_against_the_number_of_steps_is_a_table_a_plot_and_a_grid(run,
     out = tmp_path / "table.csv"
     flags = "--steps", 4, 12, "--method", "ddim", "bdia", "--out", out
     found = figures(capsys, "reconstruct", run, run.parent / "images.npz", *flags, "-n", 3)
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(out)
     assert [(row["method"], int(row["steps"])) for row in rows] == [
         ("ddim", 4),
         ("ddim", 12),

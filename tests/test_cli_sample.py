@@ -72,6 +72,14 @@ def test_it_says_which_weights_it_uses(run, tmp_path, capsys):
     assert "weights ema-0.9 of step 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("steps", "text"), [("1", "1 step, 1 network call"), ("3", "3 steps, 3 network calls")]
+)
+def test_it_says_what_a_sample_costs(run, tmp_path, steps, text, capsys):
+    drawn(run, tmp_path / "a", "--sampler", "ddim", "--steps", steps)
+    assert f"ddim, {text} each, seed 0" in capsys.readouterr().out
+
+
 def test_the_weights_and_the_checkpoint_matter(run, tmp_path):
     average = sample(run, tmp_path / "a", "-n", "1")
     assert sample(run, tmp_path / "b", "-n", "1", "--checkpoint", "4", "--weights", "model") != average

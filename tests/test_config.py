@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from perrin.config import (
-    DEMO,
     DiffusionConfig,
     MLPConfig,
     RunConfig,
@@ -17,6 +16,7 @@ from perrin.config import (
     read_toml,
 )
 from perrin.errors import ConfigError
+from perrin.presets import DEMO
 
 
 @pytest.mark.parametrize("config", [RunConfig(), DEMO, RunConfig(network=MLPConfig(width=8))])

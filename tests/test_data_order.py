@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perrin.data import Dataset, Facts, batch_indices, load, split, to_levels, to_unit
+from perrin.data import Dataset, Facts, batch_indices, load, split, spread, to_levels, to_unit
 from perrin.errors import ArgumentError, DataError
 
 
@@ -102,6 +102,12 @@ def test_a_split_needs_a_share_inside_0_and_1(share):
 def test_a_split_needs_two_examples():
     with pytest.raises(DataError, match="at least 2 examples, got 1"):
         split(1, 0.5)
+
+
+def test_a_spread_is_even():
+    assert spread(range(10, 20), 4) == [10, 12, 15, 17]
+    assert spread([3, 5], 9) == [3, 5]
+    assert spread([], 9) == []
 
 
 @settings(deadline=None)

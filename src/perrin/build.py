@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -104,21 +105,30 @@ def build_network(
     if config.kind != needed:
         raise ConfigError(f"network.kind = {config.kind!r}: data of shape {facts.shape} need {needed!r}")
     num_classes = len(_class_names(facts)) if conditional else None
-    fourier = _chosen(config.fourier, "network.fourier")
-    channels = facts.shape[0]
+    channels, *sides = facts.shape
     inputs = LEVEL_INPUTS * channels if config.level_basis else channels
     outputs = channels * (config.level_basis or 1 + learn_sigma)
     if isinstance(config, MLPConfig):
-        return MLP(
-            inputs,
-            width=config.width,
-            depth=config.depth,
-            num_classes=num_classes,
-            dropout=config.dropout,
-            fourier=fourier,
-            out_dim=outputs,
-        )
-    height, width = facts.shape[1:]
+        return _mlp(config, inputs, outputs, num_classes)
+    return _unet(config, sides, inputs, outputs, num_classes)
+
+
+def _mlp(config: MLPConfig, inputs: int, outputs: int, num_classes: int | None) -> MLP:
+    return MLP(
+        inputs,
+        width=config.width,
+        depth=config.depth,
+        num_classes=num_classes,
+        dropout=config.dropout,
+        fourier=_chosen(config.fourier, "network.fourier"),
+        out_dim=outputs,
+    )
+
+
+def _unet(
+    config: UNetConfig, sides: Sequence[int], inputs: int, outputs: int, num_classes: int | None
+) -> UNet:
+    height, width = sides
     return UNet(
         (height, width),
         in_channels=inputs,
@@ -129,7 +139,7 @@ def build_network(
         num_heads=config.num_heads,
         dropout=config.dropout,
         num_classes=num_classes,
-        fourier=fourier,
+        fourier=_chosen(config.fourier, "network.fourier"),
         checkpoint=config.checkpoint,
         patch=_chosen(config.patch, "network.patch"),
         out_channels=outputs,

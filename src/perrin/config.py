@@ -253,50 +253,10 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
         return result
 
     one, other = flat(encode(saved)), flat(encode(asked))
-    free = {"data.path"} | {
-        f"training.{name}" for name in RESUMABLE
-    }  # what lies at the path is compared itself
+    # What lies at the path is compared itself.
+    free = {"data.path"} | {f"training.{name}" for name in RESUMABLE}
     return [
         f"{key} is {one.get(key)!r}, asked for {other.get(key)!r}"
         for key in sorted((one.keys() | other.keys()) - free)
         if one.get(key) != other.get(key)
     ]
-
-
-DEMO = RunConfig(
-    data=DataConfig(path="digits", held_out=0.2),
-    diffusion=DiffusionConfig(
-        schedule="log-snr-linear",
-        num_timesteps=250,
-        log_snr_max=9.0,
-        log_snr_min=-5.0,
-        mean_type="start-x",
-        var_type="learned-range",
-        loss="rescaled-kl",
-    ),
-    network=UNetConfig(
-        channels=24,
-        channel_mult=(1, 1),
-        num_res_blocks=1,
-        attention_levels=(),
-        num_heads=1,
-        level_basis=16,
-    ),
-    training=TrainingConfig(
-        steps=None,
-        minutes=0.95,
-        batch_size=48,
-        lr=5e-3,
-        warmup_steps=50,
-        decay="cosine",
-        ema=(0.998,),
-        t_sampler="stratified-importance",
-        log_every=25,
-        evaluate_every=400,
-    ),
-)
-"""What ``perrin demo`` trains in less than a minute.
-
-A chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves no doubt of the level; a
-network that says which levels it expects, so small that it sees each digit some fifty times; and the bound itself as
-the loss."""

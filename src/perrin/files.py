@@ -24,9 +24,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Missing parent folders are made. An `OSError` about the name to write to names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = aside(path)
-    with _speaking_of(path, hidden):
+    with _hidden(path) as hidden:
         try:
             yield hidden
             sync_file(hidden)
@@ -41,18 +39,21 @@ def claim(path: Path) -> None:
 
     Raises `OSError`, which names ``path`` or a folder, where it cannot.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = aside(path)
-    with _speaking_of(path, hidden):
+    with _hidden(path) as hidden:
         hidden.touch()
         hidden.unlink()
 
 
 @contextmanager
-def _speaking_of(path: Path, hidden: Path) -> Iterator[None]:
-    """Within it, an `OSError` about ``hidden`` names ``path``, which is the one that people know."""
+def _hidden(path: Path) -> Iterator[Path]:
+    """The name `aside` of ``path``; within it, an `OSError` about that names ``path``, which people know.
+
+    Missing parent folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = aside(path)
     try:
-        yield
+        yield hidden
     except OSError as error:
         if error.filename is not None and str(error.filename) == str(hidden):
             error.filename = str(path)

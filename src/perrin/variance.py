@@ -42,20 +42,32 @@ class FixedVariance:
         """The variance: the posterior's is 0 at the first timestep, where its log is clipped."""
         return lookup(self.table)
 
+    def ends(self, lookup: Lookup) -> None:
+        """None, for there is no extra output."""
+
 
 @dataclass(frozen=True)
-class LearnedVariance:
-    """The network's extra output is the log-variance itself."""
+class VarianceOfEach:
+    """A variance of each dimension, by the network's extra output."""
 
     extra_channels: int = 1
+
+    def variance(self, log_variance: Coefficient, lookup: Lookup) -> Coefficient:
+        """The variance of each dimension."""
+        return torch.exp(torch.as_tensor(log_variance))
+
+
+@dataclass(frozen=True)
+class LearnedVariance(VarianceOfEach):
+    """The network's extra output is the log-variance itself."""
 
     def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
         """The log-variance of each dimension."""
         return cast(Tensor, extra)  # the output was split by extra_channels
 
-    def variance(self, log_variance: Coefficient, lookup: Lookup) -> Coefficient:
-        """The variance of each dimension."""
-        return torch.exp(torch.as_tensor(log_variance))
+    def ends(self, lookup: Lookup) -> tuple[Coefficient, Coefficient]:
+        """The extra output whose log-variance is the posterior's, clipped, and the one whose is log beta."""
+        return lookup("posterior_log_variance_clipped"), lookup("log_betas")
 
 
 @dataclass(frozen=True)
@@ -71,10 +83,12 @@ class RangedVariance(LearnedVariance):
         small, large = lookup("posterior_log_variance_clipped"), lookup("log_betas")
         return affine((large - small) / 2, cast(Tensor, extra), (large + small) / 2)
 
+    def ends(self, lookup: Lookup) -> tuple[Coefficient, Coefficient]:
+        """-1 and 1."""
+        return -1.0, 1.0
 
-Variance = FixedVariance | LearnedVariance
 
-VARIANCES: dict[ModelVarType, Variance] = {
+VARIANCES: dict[ModelVarType, FixedVariance | LearnedVariance] = {
     ModelVarType.LEARNED: LearnedVariance(),
     ModelVarType.LEARNED_RANGE: RangedVariance(),
     ModelVarType.FIXED_SMALL: FixedVariance("posterior_variance", "posterior_log_variance_clipped"),
@@ -88,7 +102,7 @@ Decoders of digits with a floor of 1 / 1024 were too narrow by 0.12 bits/dim."""
 
 
 @dataclass(frozen=True)
-class StateVariance(LearnedVariance):
+class StateVariance(VarianceOfEach):
     """The network's extra output, read as Var[x_0 | x_t], which it makes the variance of a jump of any length.
 
     Its place u between ``state_low`` and ``state_low + state_span``, at least `STATE_FLOOR`, gives
@@ -105,3 +119,6 @@ class StateVariance(LearnedVariance):
             lookup("state_power"), place.clamp_(min=STATE_FLOOR).log_(), lookup("state_log_scale")
         )
         return affine(lookup("posterior_mean_coef1") ** 2, log_cov.exp_(), lookup("state_least")).log_()
+
+
+Variance = FixedVariance | LearnedVariance | StateVariance

@@ -13,7 +13,6 @@ import tyro
 from perrin.cli.console import DeviceName, examples, many, note, report, with_error
 from perrin.cli.flags import check_at_least, parse
 from perrin.cli.measure import Calls, Subject, batches, finite
-from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,11 +150,12 @@ class Outputs(NamedTuple):
         Raises `ArgumentError` where something else is in their place.
         """
         from perrin.evaluation.auroc import is_plot
+        from perrin.evaluation.plots import check_replaceable
         from perrin.evaluation.tables import claim_table
 
         claim_table(self.table, LEADING)
-        if self.plot and self.plot.exists() and not is_plot(self.plot):
-            raise ArgumentError(f"{self.plot} exists and is no such plot: choose another --out")
+        if self.plot:
+            check_replaceable(self.plot, is_plot)
         for path in self:
             if path and path.exists() and not told:
                 note(f"replacing {path}")
@@ -202,7 +202,7 @@ def reference(model: Subject, name: str | None, size: int) -> tuple[Part, Part]:
     By default what the run was trained on and what it held out; of ``name``, a random two thirds and the rest.
     """
     from perrin.build import run_data
-    from perrin.data import split
+    from perrin.data import split, spread
 
     config = model.run.folder.config.data
     dataset = run_data(model.run, name)
@@ -212,12 +212,6 @@ def reference(model: Subject, name: str | None, size: int) -> tuple[Part, Part]:
         for half, most in zip(halves, (size, size // 2), strict=True)
     )
     return fitted, ranked
-
-
-def spread(indices: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of ``indices``, at even distances."""
-    count = min(len(indices), most)
-    return [indices[place * len(indices) // count] for place in range(count)]
 
 
 def measure(

@@ -21,7 +21,6 @@ from perrin.cli.measure import (
     mean_with_errors,
     pilot,
 )
-from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,12 +249,12 @@ class CurveFiles(NamedTuple):
 
     def claim(self) -> None:
         """Make sure, before a long measurement, that they overwrite nothing else. Raises `ArgumentError`."""
+        from perrin.evaluation.plots import check_replaceable
         from perrin.evaluation.tables import claim_table
         from perrin.evaluation.term_curve import COLUMNS, is_plot
 
         claim_table(self.table, COLUMNS)
-        if self.plot.exists() and not is_plot(self.plot):
-            raise ArgumentError(f"{self.plot} exists and is no such plot: choose another --out")
+        check_replaceable(self.plot, is_plot)
 
 
 def _write_curve(curve: list[Term], out: Path) -> list[str]:

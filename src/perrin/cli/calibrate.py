@@ -257,11 +257,11 @@ class Calibrating:
 
 def examples_to_fit(run: Run, own: Dataset, data: Dataset, count: int) -> list[int]:
     """``count`` examples of ``data``, evenly spread; of the run's own data only those that it was trained on."""
+    from perrin.data import spread
+
     same = data.facts.fingerprint == own.facts.fingerprint
     aside = set(held_out(run, len(own))) if same else set()
-    known = [i for i in range(len(data)) if i not in aside]
-    count = min(count, len(known))
-    return [known[place * len(known) // count] for place in range(count)]
+    return spread([i for i in range(len(data)) if i not in aside], count)
 
 
 def better_kind(found: Fitted, seen: Statistics) -> Kind:

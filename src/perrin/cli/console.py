@@ -71,6 +71,11 @@ def many(count: float, noun: str) -> str:
     return f"{count:g} {noun}{'s' * (count != 1)}"
 
 
+def cost_text(calls: float | None) -> str:
+    """How often a network saw each picture, to go on a line with; nothing where none was drawn."""
+    return "" if calls is None else f", {many(calls, 'network call')} each"
+
+
 def duration(seconds: float) -> str:
     """A time for people: ``42 s``, ``3 min 5 s``, ``2 h 10 min``."""
     whole = max(0, round(seconds))

@@ -71,7 +71,7 @@ def run(args: Sequence[str]) -> None:
 def demo_config(options: Options) -> RunConfig:
     """The demonstration's configuration, or that of the digits run which is there already."""
     from perrin.cli.train import saved_config
-    from perrin.config import DEMO
+    from perrin.presets import DEMO
 
     base = saved_config(options.out) or DEMO
     if base.data.path != DEMO.data.path:

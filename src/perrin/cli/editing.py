@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perrin.cli.console import DeviceName, many, note, pick_device
+from perrin.cli.console import DeviceName, cost_text, many, note, pick_device
 from perrin.cli.recipe import Recipe, Way
 from perrin.errors import ArgumentError, DataError
 
@@ -85,13 +85,13 @@ class Images:
 
         Raises `ArgumentError` where a classifier is to guide without being told to which class.
         """
-        from perrin.build import class_numbers as own_numbers
-        from perrin.cli.recipe import class_numbers
+        from perrin.build import class_numbers
+        from perrin.cli.recipe import drawn_classes
 
         if label is not None:
-            return cls(dataset, indices, class_numbers(label, way, len(indices), model.folder.path))
+            return cls(dataset, indices, drawn_classes(label, way, len(indices), model.folder.path))
         labels = dataset.batch(indices, "cpu")[1]
-        numbers = own_numbers(model, dataset, labels)
+        numbers = class_numbers(model, dataset, labels)
         if numbers is None and way.class_names is not None:
             raise ArgumentError("--classifier needs --label, the class to guide to")
         return cls(dataset, indices, None if numbers is None else [int(number) for number in numbers])
@@ -117,10 +117,10 @@ def data_of(model: Run, data: str | None, label: str | None) -> Dataset:
 
 def check_label(label: str | None, way: Way, model: Run) -> None:
     """Raise `ArgumentError` for a class that there is not."""
-    from perrin.cli.recipe import class_numbers
+    from perrin.cli.recipe import drawn_classes
 
     if label is not None:
-        class_numbers(label, way, 1, model.folder.path)
+        drawn_classes(label, way, 1, model.folder.path)
 
 
 def sampling_options(model: Run, way: Way, classes: Sequence[int] | None, **others: Any) -> SamplingOptions:
@@ -177,16 +177,18 @@ class Job:
             i for i in range(len(self.images.indices)) if any(self.number(i, v) not in done for v in each)
         ]
         made = len(missing) * self.variations
-        with Bar(self.command, made * calls) as bar, self.way.counted() as seen:
-            hook = self.model.network.register_forward_hook(
+        with (
+            Bar(self.command, made * calls) as bar,
+            self.way.counted() as seen,
+            self.model.network.register_forward_hook(
                 lambda *called: bar.update(min(seen.rows, made * calls))
-            )
+            ),
+        ):
             for start in range(0, len(missing), batch_size):
                 places = missing[start : start + batch_size]
                 results = edit(self.images.rows(self.model, places), self.options(places))
                 for place, row in zip(places, results, strict=True):
                     keep(store, self.number(place, 0), row, self.model)
-            hook.remove()
         return seen.rows / made if made else None
 
     def number(self, place: int, variation: int) -> int:
@@ -290,8 +292,3 @@ def edited(
         f"weights {job.model.weights} of step {job.model.step}",
     ]
     return figures | {"pictures": str(store.target), "grid": grid}, lines
-
-
-def cost_text(calls: float | None) -> str:
-    """How often a network saw each picture, to go on a line with; nothing where none was drawn."""
-    return "" if calls is None else f", {many(calls, 'network call')} each"

@@ -126,7 +126,7 @@ def check(options: Options) -> None:
 
 def with_fewer_steps(recipe: Recipe, model: Run) -> Recipe:
     """``recipe`` with a number of steps of its own, if it has none and would take all."""
-    if recipe.steps is not None or recipe.calibrated or recipe.sampler != "ddpm":
+    if not recipe.takes_all:
         return recipe
     return replace(recipe, steps=min(MOST_STEPS, model.diffusion.num_timesteps))
 

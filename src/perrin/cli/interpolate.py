@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from perrin.cli.console import report
+from perrin.cli.console import cost_text, report
 from perrin.cli.editing import (
     Common,
     Images,
     check_label,
-    cost_text,
     data_of,
     keep,
     kept,
@@ -136,10 +135,10 @@ def chosen(options: Options, between: tuple[int, int], model: Run, way: Way) -> 
 
 def one_class(options: Options, model: Run, way: Way, images: Images | None) -> list[int] | None:
     """The class of each picture, the same for all. Raises `ArgumentError` where it is not known which."""
-    from perrin.cli.recipe import class_numbers
+    from perrin.cli.recipe import drawn_classes
 
     if options.common.label is not None or way.class_names is None:
-        return class_numbers(options.common.label, way, options.count, model.folder.path)
+        return drawn_classes(options.common.label, way, options.count, model.folder.path)
     classes = None if images is None else images.classes
     if classes is None or classes[0] != classes[1]:
         found = "two seeds" if classes is None else f"images of classes {classes[0]} and {classes[1]}"
@@ -161,10 +160,12 @@ def draw(
     if len(store.done()) == options.count:
         return None
     rounds = way.sampler.network_calls * (1 if images is None else 2)
-    with Bar("interpolating", rounds) as bar, way.counted() as seen:
-        hook = model.network.register_forward_hook(lambda *called: bar.advance())
+    with (
+        Bar("interpolating", rounds) as bar,
+        way.counted() as seen,
+        model.network.register_forward_hook(lambda *called: bar.advance()),
+    ):
         keep(store, 0, pictures(options, model, way, images, classes), model)
-        hook.remove()
     return seen.rows / options.count
 
 

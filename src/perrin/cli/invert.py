@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from perrin.samplers.grids import GridName
 
 Method = Literal["ddim", "fixed-point", "bdia"]
+"""The keys of `METHODS`, written out for ``--help``."""
+
+Told = dict[str, Any] | None
 
 DEFAULT_STEPS = 50
 
@@ -69,9 +72,7 @@ class How:
 
     def precision_of(self, method: Method) -> str:
         """``float32`` or ``float64``."""
-        if self.precision != "auto":
-            return self.precision
-        return "float64" if method == "bdia" else "float32"
+        return METHODS[method].precision if self.precision == "auto" else self.precision
 
 
 @dataclass(frozen=True)
@@ -137,59 +138,91 @@ class Journey:
 
         return torch.float64 if self.precision == "float64" else torch.float32
 
-    def up(self, x: Tensor, told: dict[str, Any] | None) -> Up:
+    def up(self, x: Tensor, told: Told) -> Up:
         """``x`` (B, ...) inverted."""
-        ways: dict[str, Callable[[Tensor, dict[str, Any] | None], Up]] = {
-            "ddim": self._naive,
-            "fixed-point": self._solved,
-            "bdia": self._paired,
-        }
         self.run.network.to(self.dtype)
-        return ways[self.method](x.to(self.dtype), told)
+        return METHODS[self.method].up(self, x.to(self.dtype), told)
 
-    def down(self, states: tuple[Tensor, ...], told: dict[str, Any] | None) -> Tensor:
+    def down(self, states: tuple[Tensor, ...], told: Told) -> Tensor:
         """The data (B, ...) that ``states`` come back to."""
-        from perrin.samplers.bdia import BDIAState
-
         self.run.network.to(self.dtype)
-        if self.method == "bdia":
-            return self._bdia.sample_from(self.run.network, BDIAState(*states), model_kwargs=told)
-        (noise,) = states
-        return self._ddim.sample(
-            self.run.network, noise.shape, noise=noise, clip_denoised=False, model_kwargs=told
-        )
+        return METHODS[self.method].down(self, states, told)
+
+    @property
+    def calls_down(self) -> int:
+        """Network calls of the way back: of several states, all but one save a call."""
+        return self.steps - (METHODS[self.method].states - 1)
 
     def check(self) -> None:
         """Raise `ArgumentError` for a number of steps that there is not."""
-        if self.method == "bdia" and self.steps == 1:
-            raise ArgumentError("--steps must be at least 2 for bdia, got 1")
-        _ = self._ddim
-
-    def _naive(self, x: Tensor, told: dict[str, Any] | None) -> Up:
-        return Up((self._ddim.invert(self.run.network, x, model_kwargs=told),), None, self.steps)
-
-    def _solved(self, x: Tensor, told: dict[str, Any] | None) -> Up:
-        from perrin.samplers.inversion import FixedPoint
-
-        search = FixedPoint(self._ddim, self.iterations, self.tolerance)
-        found = search.invert(self.run.network, x, model_kwargs=told)
-        return Up((found.noise,), found.residuals.amax(0), found.network_calls)
-
-    def _paired(self, x: Tensor, told: dict[str, Any] | None) -> Up:
-        states = self._bdia.invert(self.run.network, x, model_kwargs=told)
-        return Up(tuple(states), None, self.steps)
+        fewest = METHODS[self.method].states
+        if 0 < self.steps < fewest:
+            raise ArgumentError(f"--steps must be at least {fewest} for {self.method}, got {self.steps}")
+        _ = self.ddim
 
     @property
-    def _ddim(self) -> SamplerDDIM:
+    def ddim(self) -> SamplerDDIM:
+        """DDIM with these steps."""
         from perrin.samplers.ddim import SamplerDDIM
 
         return SamplerDDIM(self.run.diffusion, self.steps, grid=self.grid)
 
     @property
-    def _bdia(self) -> SamplerBDIA:
+    def bdia(self) -> SamplerBDIA:
+        """BDIA with these steps."""
         from perrin.samplers.bdia import SamplerBDIA
 
         return SamplerBDIA(self.run.diffusion, self.steps, grid=self.grid)
+
+
+def _naive(journey: Journey, x: Tensor, told: Told) -> Up:
+    return Up((journey.ddim.invert(journey.run.network, x, model_kwargs=told),), None, journey.steps)
+
+
+def _solved(journey: Journey, x: Tensor, told: Told) -> Up:
+    from perrin.samplers.inversion import FixedPoint
+
+    search = FixedPoint(journey.ddim, journey.iterations, journey.tolerance)
+    found = search.invert(journey.run.network, x, model_kwargs=told)
+    return Up((found.noise,), found.residuals.amax(0), found.network_calls)
+
+
+def _paired(journey: Journey, x: Tensor, told: Told) -> Up:
+    states = journey.bdia.invert(journey.run.network, x, model_kwargs=told)
+    return Up(tuple(states), None, journey.steps)
+
+
+def _sampled(journey: Journey, states: tuple[Tensor, ...], told: Told) -> Tensor:
+    (noise,) = states
+    return journey.ddim.sample(
+        journey.run.network, noise.shape, noise=noise, clip_denoised=False, model_kwargs=told
+    )
+
+
+def _sampled_from_pair(journey: Journey, states: tuple[Tensor, ...], told: Told) -> Tensor:
+    from perrin.samplers.bdia import BDIAState
+
+    return journey.bdia.sample_from(journey.run.network, BDIAState(*states), model_kwargs=told)
+
+
+class Inverter(NamedTuple):
+    """A method: the way up, the way down, and what they need."""
+
+    up: Callable[[Journey, Tensor, Told], Up]
+    down: Callable[[Journey, tuple[Tensor, ...], Told], Tensor] = _sampled
+    states: int = 1
+    """How many are kept of an example, each at a time of its own: there are no fewer steps."""
+    precision: str = "float32"
+    """By default."""
+    searches: bool = False
+    """Whether the latents depend on how long and how closely they are searched for."""
+
+
+METHODS: dict[str, Inverter] = {
+    "ddim": Inverter(_naive),
+    "fixed-point": Inverter(_solved, searches=True),
+    "bdia": Inverter(_paired, _sampled_from_pair, states=2, precision="float64"),
+}
 
 
 @dataclass(frozen=True)
@@ -239,7 +272,7 @@ class Given:
                     x.new_full((len(x),), torch.nan) if found.residuals is None else found.residuals
                 )
                 classes += [] if labels is None else [labels.cpu()]
-                calls = max(calls, found.calls + calls_down(journey))
+                calls = max(calls, found.calls + journey.calls_down)
                 bar.advance(len(x))
         x, back = torch.cat(xs), torch.cat(backs)
         figures = round_trips(
@@ -278,7 +311,7 @@ def run(args: Sequence[str]) -> None:
 
 def default_name(settings: Settings, journey: Journey, given: Given) -> str:
     """A name made of all that determines the latents: other data or settings have another."""
-    search = [journey.iterations, journey.tolerance] if journey.method == "fixed-point" else []
+    search = [journey.iterations, journey.tolerance] if METHODS[journey.method].searches else []
     data = [given.dataset.facts.fingerprint, list(given.indices), given.label]
     digest = blake2b(json.dumps([asdict(settings), search, data]).encode(), digest_size=4).hexdigest()
     return f"latents-{settings.method}-{settings.steps}-steps-{digest}.npz"
@@ -317,12 +350,7 @@ def settings_of(journey: Journey) -> Settings:
     )
 
 
-def calls_down(journey: Journey) -> int:
-    """Network calls of the way back: the two states of BDIA save the first."""
-    return journey.steps - (journey.method == "bdia")
-
-
-def told(classes: Tensor | None) -> dict[str, Any] | None:
+def told(classes: Tensor | None) -> Told:
     """What the network is told beside x and t."""
     return None if classes is None else {"y": classes}
 

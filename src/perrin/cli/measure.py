@@ -116,11 +116,8 @@ class Calls:
             self.images += len(output)
             bar.advance(len(output))
 
-        hook = network.register_forward_hook(count)
-        try:
+        with network.register_forward_hook(count):
             yield
-        finally:
-            hook.remove()
 
 
 def pilot(

@@ -43,14 +43,19 @@ class OdeOptions:
     draws: int | None = None
     """Draws of the dequantization per example, whose bounds are averaged; by default 1."""
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its steps by itself."""
+        return self.solver == "adaptive"
+
     def check(self, *, wanted: bool) -> None:
         """Raise `ArgumentError` for flags that do not go together, or at all where the ODE is not ``wanted``."""
         flags = given(self, [field.name for field in fields(self)])
         if flags and not wanted:
             raise ArgumentError(f"{flags[0]} needs --ode")
-        if self.solver == "adaptive" and self.ode_steps is not None:
+        if self.adaptive and self.ode_steps is not None:
             raise ArgumentError("--ode-steps belongs to --solver heun, got --solver adaptive")
-        if self.solver != "adaptive" and self.tolerance is not None:
+        if not self.adaptive and self.tolerance is not None:
             raise ArgumentError("--tolerance needs --solver adaptive")
         if self.exact_trace and self.probes is not None:
             raise ArgumentError("--exact-trace has no --probes: give one of them")
@@ -62,7 +67,7 @@ class OdeOptions:
         """The solver."""
         from perrin.likelihood.solvers import Adaptive, Heun
 
-        if self.solver == "adaptive":
+        if self.adaptive:
             tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
             return Adaptive(rtol=tolerance, atol=tolerance)
         return Heun(DEFAULT_STEPS if self.ode_steps is None else self.ode_steps)
@@ -91,7 +96,7 @@ class OdeOptions:
     @property
     def solver_text(self) -> str:
         """``heun with 100 steps``."""
-        if self.solver == "adaptive":
+        if self.adaptive:
             return f"adaptive with tolerance {self.tolerance or DEFAULT_TOLERANCE:g}"
         return f"heun with {self.ode_steps or DEFAULT_STEPS} steps"
 

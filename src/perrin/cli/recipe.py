@@ -38,9 +38,12 @@ SamplerName = Literal[
 
 GridFlag = Literal["uniform", "quadratic", "trailing", "log-snr", "karras"]
 
-DEFAULT_STEPS = {"ddim": 50}
+DEFAULT_STEPS: dict[str, int | None] = {"ddim": 50, "ddpm": None}
+"""Steps unless asked otherwise, if they are not `FAST_STEPS`; None is all."""
 FAST_STEPS = 20
-"""Steps unless asked otherwise; ancestral sampling takes all."""
+
+OWNERS = {"eta": "ddim", "churn": "heun"}
+"""The samplers to which flags of their own belong."""
 
 AUTOGUIDANCE_SCALE = 2.0
 
@@ -148,7 +151,7 @@ class Recipe:
 
     def check(self) -> None:
         """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-        for name, owner in {"eta": "ddim", "churn": "heun"}.items():
+        for name, owner in OWNERS.items():
             value = getattr(self, name)
             if value is not None and self.sampler != owner:
                 raise ArgumentError(
@@ -193,6 +196,12 @@ class Recipe:
                 f"--guidance-interval must be two rising numbers from 0 on, got {low:g} {high:g}"
             )
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether every timestep is a step, since nothing else is asked for."""
+        unasked = self.steps is None and not self.calibrated
+        return unasked and DEFAULT_STEPS.get(self.sampler, FAST_STEPS) is None
+
     def way(self, run: Run, *, compile_network: bool = False) -> Way:
         """The recipe for ``run``. Raises `ArgumentError` or `RunError` for what the run cannot do."""
         import torch
@@ -234,7 +243,7 @@ class Recipe:
         from perrin.build import run_chain
         from perrin.samplers import SAMPLERS
 
-        own = {name: getattr(self, name) for name in ("eta", "churn") if getattr(self, name) is not None}
+        own = {name: getattr(self, name) for name in OWNERS if getattr(self, name) is not None}
         if self.calibrated:
             chain = run_chain(run, steps=self.steps, calibrated=True)
             return SAMPLERS[self.sampler](chain, grid="uniform", **own)
@@ -243,8 +252,8 @@ class Recipe:
 
     def _steps(self, num_timesteps: int) -> int:
         if self.steps is None:
-            wanted = num_timesteps if self.sampler == "ddpm" else DEFAULT_STEPS.get(self.sampler, FAST_STEPS)
-            return min(wanted, num_timesteps)
+            wanted = DEFAULT_STEPS.get(self.sampler, FAST_STEPS)
+            return num_timesteps if wanted is None else min(wanted, num_timesteps)
         if not 1 <= self.steps <= num_timesteps:
             raise ArgumentError(
                 f"--steps must lie between 1 and {num_timesteps}, the run's number of timesteps, got {self.steps}"
@@ -280,7 +289,7 @@ class Recipe:
         return {
             "sampler": self.sampler,
             "steps": len(sampler.times) - 1,
-            "eta": (self.eta or 0.0) if self.sampler == "ddim" else None,
+            "eta": (self.eta or 0.0) if self.sampler == OWNERS["eta"] else None,
             "calibration": calibration_of(run) if self.calibrated else None,
             "timestep_grid": self.grid,
             **{name: value for name, (value, _) in self._further().items()},
@@ -325,7 +334,7 @@ def _as_json(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def class_numbers(label: str | None, way: Way, count: int, run: Path) -> list[int] | None:
+def drawn_classes(label: str | None, way: Way, count: int, run: Path) -> list[int] | None:
     """The class of each of ``count`` samples, in turn unless ``label`` names one; None where there are no classes.
 
     Raises `ArgumentError` for an unknown class, or where there are none.

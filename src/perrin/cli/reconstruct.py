@@ -11,7 +11,18 @@ import tyro
 
 from perrin.cli.console import examples, note, plain, report
 from perrin.cli.flags import parse
-from perrin.cli.invert import Given, How, Journey, Method, class_number, journey_of, load, settings_of, told
+from perrin.cli.invert import (
+    METHODS,
+    Given,
+    How,
+    Journey,
+    Method,
+    class_number,
+    journey_of,
+    load,
+    settings_of,
+    told,
+)
 from perrin.cli.measure import batches, finite, given
 from perrin.errors import ArgumentError, DataError
 
@@ -209,7 +220,7 @@ def check_step(run: Path, step: int, path: Path) -> None:
 def journey_back(latents: Latents, run: Run, path: Path) -> Journey:
     """The way back of ``latents`` from ``path``. Raises `DataError` where ``run`` is another model."""
     made = latents.settings
-    if made.method not in get_args(Method) or len(latents.states) != 1 + (made.method == "bdia"):
+    if made.method not in METHODS or len(latents.states) != METHODS[made.method].states:
         raise DataError(
             f"{path} is damaged: {len(latents.states)} states do not belong to method {made.method}"
         )

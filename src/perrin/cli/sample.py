@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from perrin.cli.console import DeviceName, note, pick_device, report
+from perrin.cli.console import DeviceName, cost_text, note, pick_device, report
 from perrin.cli.flags import check_at_least, parse
-from perrin.cli.recipe import Recipe, Way, class_numbers
+from perrin.cli.recipe import Recipe, Way, drawn_classes
 from perrin.cli.trajectory import check_trajectory, claim_trajectory, shown, write_trajectory
 from perrin.errors import ArgumentError
 
@@ -66,7 +66,7 @@ def run(args: Sequence[str]) -> None:
         options.run, weights=options.weights, step=options.checkpoint, device=pick_device(options.device)
     )
     way = options.recipe.way(model, compile_network=options.compile)
-    classes = class_numbers(options.label, way, options.count, model.folder.path)
+    classes = drawn_classes(options.label, way, options.count, model.folder.path)
     job = Job(options, model, way, classes)
     out = options.out or model.folder.samples_dir / job.name
     if options.trajectory is not None:
@@ -198,9 +198,8 @@ class Job:
         before = f", {kept} of them kept from before" if kept else ""
         count = len(self.sampler.times) - 1
         steps = f"{count}{' calibrated' * options.recipe.calibrated} step{'s' * (count > 1)}"
-        cost = "" if calls is None else f", {calls:g} network calls each"
         return [
             f"{options.count} sample{'s' * (options.count > 1)}{before}: {', '.join(paths.values())}",
-            f"{options.recipe.sampler}, {steps}{cost}, seed {options.seed}; "
+            f"{options.recipe.sampler}, {steps}{cost_text(calls)}, seed {options.seed}; "
             f"weights {model.weights} of step {model.step}",
         ]

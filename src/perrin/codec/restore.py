@@ -12,6 +12,7 @@ import numpy as np
 
 from perrin.codec.container import Header
 from perrin.data import Dataset, write_image
+from perrin.data.arrays import write_npz
 from perrin.data.levels import MAX_LEVELS
 from perrin.errors import ArgumentError, DataError
 from perrin.files import aside, sync_directory, written_aside
@@ -46,16 +47,16 @@ def write(out: Path, dataset: Dataset, header: Header) -> None:
     if out.suffix == "":
         _write_folder(out, dataset, _png_names(header))
         return
-    with written_aside(out) as hidden:
-        if out.suffix == ".npy":
+    if out.suffix == ".npy":
+        with written_aside(out) as hidden:
             np.save(hidden, dataset.values)
-            return
-        arrays: dict[str, Any] = {"images" if dataset.values.ndim == 4 else "data": dataset.values}
-        if dataset.labels is not None:
-            arrays |= {"labels": dataset.labels, "class_names": np.array(dataset.facts.class_names)}
-        if header.names:
-            arrays["names"] = np.array(header.names)
-        np.savez(hidden, **arrays)
+        return
+    arrays: dict[str, Any] = {"images" if dataset.values.ndim == 4 else "data": dataset.values}
+    if dataset.labels is not None:
+        arrays |= {"labels": dataset.labels, "class_names": np.array(dataset.facts.class_names)}
+    if header.names:
+        arrays["names"] = np.array(header.names)
+    write_npz(out, arrays)
 
 
 def _write_folder(out: Path, dataset: Dataset, names: Sequence[str]) -> None:

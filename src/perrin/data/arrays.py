@@ -1,4 +1,4 @@
-"""Arrays from .npy and .npz files (or anywhere) as a data set; nothing is ever unpickled."""
+"""Arrays from .npy and .npz files (or anywhere) as a data set, nothing ever unpickled; and writing .npz files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from perrin.data.dataset import Dataset, Facts
 from perrin.data.levels import MAX_LEVELS, level_dtype
 from perrin.errors import DataError
+from perrin.files import written_aside
 
 IMAGE_KEYS = ("images", "x", "arr_0", "data")
 LABEL_KEYS = ("labels", "y")
@@ -28,6 +30,12 @@ def load_npy(path: Path) -> Dataset:
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     return from_arrays(values, None, path)
+
+
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Put ``arrays`` in the place of the .npz file at ``path`` at one stroke."""
+    with written_aside(path) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_npz(path: Path) -> Dataset:

@@ -85,6 +85,12 @@ def split(n: int, held_out: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def spread(indices: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of ``indices``, at even distances."""
+    count = min(len(indices), most)
+    return [indices[place * len(indices) // count] for place in range(count)]
+
+
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """Indices (batch_size,) of the batch at ``step``: a pure function, so a resumed run goes on in order.
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from perrin.data.arrays import write_npz
 from perrin.errors import ArgumentError, DataError
-from perrin.files import claim, written_aside
+from perrin.files import claim
 
 STATES = ("latest", "before")
 """The arrays' names: x at the noisiest time, and for BDIA at the second one."""
@@ -48,13 +50,14 @@ class Latents:
 
     def write(self, path: Path) -> None:
         """Put them into the .npz file at ``path``."""
-        arrays = {name: state.cpu().numpy() for name, state in zip(STATES, self.states, strict=False)}
+        arrays: dict[str, Any] = {
+            name: state.cpu().numpy() for name, state in zip(STATES, self.states, strict=False)
+        }
         arrays["indices"] = np.asarray(self.indices, dtype=np.int64)
         if self.classes is not None:
             arrays["labels"] = self.classes.cpu().numpy()
         arrays["settings"] = np.array(json.dumps(asdict(self.settings)))
-        with written_aside(path) as aside, aside.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub gives ** to its flag as well
+        write_npz(path, arrays)
 
     @classmethod
     def read(cls, path: Path) -> Latents:

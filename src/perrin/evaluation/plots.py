@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perrin.data.images import title_of
+from perrin.errors import ArgumentError
 from perrin.files import written_aside
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def save_figure(figure: Figure, path: Path, title: str) -> None:
 def has_title(path: Path, title: str) -> bool:
     """Whether ``path`` is a picture that `save_figure` wrote with ``title``."""
     return title_of(path) == title
+
+
+def check_replaceable(path: Path, is_plot: Callable[[Path], bool]) -> None:
+    """Raise `ArgumentError` where something is at ``path`` that ``is_plot`` does not know for a plot of its kind."""
+    if path.exists() and not is_plot(path):
+        raise ArgumentError(f"{path} exists and is no such plot: choose another --out")
 
 
 def plot_training(rows: Sequence[Row], path: Path) -> None:

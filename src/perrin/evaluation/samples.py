@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from perrin.data import Facts, write_grid, write_image
+from perrin.data.arrays import write_npz
 from perrin.data.decode import decode
 from perrin.errors import RunError
 from perrin.files import write_text, written_aside
@@ -84,12 +85,13 @@ class ArrayFile:
     def finish(self, count: int, classes: list[int] | None) -> dict[str, str]:
         """Put the first ``count`` samples into the file; returns the paths written."""
         values = np.stack([np.load(self._path(i)) for i in range(count)])
-        arrays = {"images": np.moveaxis(values, 1, 3)} if values.ndim == 4 else {"data": values}
+        arrays: dict[str, Any] = (
+            {"images": np.moveaxis(values, 1, 3)} if values.ndim == 4 else {"data": values}
+        )
         arrays["settings"] = np.array(json.dumps(self.settings))
         if classes is not None:
             arrays["labels"] = np.asarray(classes)
-        with written_aside(self.target) as aside, aside.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy's stub gives ** to its flag as well
+        write_npz(self.target, arrays)
         shutil.rmtree(self.parts)
         return {"samples": str(self.target)}
 

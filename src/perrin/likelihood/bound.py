@@ -76,12 +76,7 @@ def bound(
     row for each image. Raises `ArgumentError` unless 1 <= terms <= T - 1 and decoder_draws >= 1, or for
     probabilities that are not positive; `ShapeError` for too few indices or probabilities.
     """
-    if len(indices) != len(x_start):
-        raise ShapeError(f"indices must name {len(x_start)} images, got {len(indices)}")
-    if terms is not None and not 1 <= terms <= diffusion.num_timesteps - 1:
-        raise ArgumentError(f"terms must be from 1 to {diffusion.num_timesteps - 1}, got {terms}")
-    if decoder_draws < 1:
-        raise ArgumentError(f"decoder_draws must be at least 1, got {decoder_draws}")
+    _check(len(x_start), len(indices), diffusion.num_timesteps - 1, terms, decoder_draws)
     x_start = at_least_float32(x_start)
     estimate = _Estimate(diffusion, model, x_start, indices, seed, clip_denoised, model_kwargs)
     times, weights = _every_time(diffusion, len(x_start))
@@ -96,6 +91,15 @@ def bound(
     error = (_stratified_variance(kl * weights, scale) + _mean_variance(decoders)).sqrt()
     calls = times.shape[1] + decoder_draws
     return Bound(prior + vb + decoder, prior, vb, decoder, error, times, kl, weights, calls)
+
+
+def _check(count: int, named: int, most: int, terms: int | None, decoder_draws: int) -> None:
+    if named != count:
+        raise ShapeError(f"indices must name {count} images, got {named}")
+    if terms is not None and not 1 <= terms <= most:
+        raise ArgumentError(f"terms must be from 1 to {most}, got {terms}")
+    if decoder_draws < 1:
+        raise ArgumentError(f"decoder_draws must be at least 1, got {decoder_draws}")
 
 
 def term_probabilities(

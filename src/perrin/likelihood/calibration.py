@@ -17,7 +17,7 @@ from torch import Tensor
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ArgumentError, RunError
 from perrin.files import write_text
-from perrin.likelihood.costs import Levels, Rule, cost_matrix
+from perrin.likelihood.costs import Levels, Rule, cost_matrix, depends_on_state
 from perrin.likelihood.covariance import Covariance, least_decoder_variance
 from perrin.likelihood.predictions import place_range
 from perrin.likelihood.statistics import Statistics
@@ -114,14 +114,20 @@ class Calibration:
             expected, found = getattr(self, name), getattr(diffusion, name)
             if expected != found:
                 raise RunError(f"the calibration is for a chain with {name} = {expected}, not {found}")
-        places = place_range(diffusion) if self.kind == "per-state" else None
-        if self.kind == "per-state" and places is None:
+        places, timesteps = self._places(diffusion), self.timesteps(steps)
+        fits = self.covariances[self.kind], self.decoders[self.kind]
+        return with_covariance(diffusion.respaced(timesteps), _along(timesteps, *fits), places, timesteps)
+
+    def _places(self, diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor] | None:
+        """What the variance for each state needs to know of the network's output; None for the other kind."""
+        if not depends_on_state(self.kind):
+            return None
+        places = place_range(diffusion)
+        if places is None:
             raise RunError(
                 f"the calibration is for a learned variance, not {diffusion.model_var_type.name}: calibrate again"
             )
-        timesteps = self.timesteps(steps)
-        fits = self.covariances[self.kind], self.decoders[self.kind]
-        return with_covariance(diffusion.respaced(timesteps), _along(timesteps, *fits), places, timesteps)
+        return places
 
     def to_json(self) -> str:
         """As `from_json` reads it."""

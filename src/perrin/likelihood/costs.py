@@ -106,14 +106,19 @@ def fitted_covariances(statistics: Statistics, levels: Levels) -> dict[str, Cova
     return found | ({"per-state": per_state(*statistics.histograms)} if statistics.learned else {})
 
 
+def depends_on_state(kind: str) -> bool:
+    """Whether the variances of a ``kind`` of `fitted_covariances` follow the network's variance output."""
+    return kind == "per-state"
+
+
 def rules(covariances: Mapping[str, Covariance]) -> dict[str, Rule]:
     """Every variance by name; those of the network's own output only where it has one."""
     found = {"fixed-small": Rule(fixed_small), "fixed-large": Rule(fixed_large)}
     if "per-state" in covariances:
         found["learned"] = Rule(learned, by_state=True)
     for kind, covariance in covariances.items():
-        by_state = kind == "per-state"
-        found[kind] = Rule(optimal(covariance), by_state, "per-state" if by_state else "calibrated")
+        by_state = depends_on_state(kind)
+        found[kind] = Rule(optimal(covariance), by_state, kind if by_state else "calibrated")
     return found
 
 

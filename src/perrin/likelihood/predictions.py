@@ -13,7 +13,7 @@ from perrin.diffusion import GaussianDiffusion
 from perrin.gaussian import gaussian_log_likelihood
 from perrin.randomness import generator_for, normal_rows
 from perrin.reverse import Model
-from perrin.variance import ModelVarType
+from perrin.variance import VARIANCES
 
 EDGES = torch.tensor(
     [
@@ -132,15 +132,15 @@ def place_range(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor] | None:
 
     None where the network has no variance.
     """
-    small, large = (
-        torch.tensor(diffusion.floats[name], dtype=torch.float64)
-        for name in ("posterior_log_variance_clipped", "log_betas")
-    )
-    if diffusion.model_var_type is ModelVarType.LEARNED_RANGE:
-        return torch.full_like(small, -1.0), torch.full_like(small, 2.0)
-    if diffusion.model_var_type is ModelVarType.LEARNED:
-        return small, torch.where(large > small, large - small, 1.0)  # equal in a chain of one step
-    return None
+
+    def table(name: str) -> Tensor:
+        return torch.tensor(diffusion.floats[name], dtype=torch.float64)
+
+    ends = VARIANCES[diffusion.model_var_type].ends(table)
+    if ends is None:
+        return None
+    low, high = (torch.as_tensor(end, dtype=torch.float64).expand(diffusion.num_timesteps) for end in ends)
+    return low, torch.where(high > low, high - low, 1.0)  # equal in a chain of one step
 
 
 def places_of(diffusion: GaussianDiffusion, extra: Tensor | None, t: int) -> Tensor | None:

@@ -190,9 +190,7 @@ class Sampler(ABC):
         Raises `ShapeError` if ``noise`` is not of ``shape``.
         """
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
-        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
-        x = seeded.start(noise)
-        for stepped in self._visited(denoise, x, seeded, noise_fn, progress):
+        for stepped in self._steps(denoise, model, shape, noise, device, progress, seed, noise_fn):
             x = stepped.sample
             del stepped
         return x
@@ -215,21 +213,29 @@ class Sampler(ABC):
     ) -> Iterator[Sample]:
         """The states of `sample`, with the same arguments: one after each step."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
-        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
-        x = seeded.start(noise)
-        for stepped in self._visited(denoise, x, seeded, noise_fn, progress):
+        for stepped in self._steps(denoise, model, shape, noise, device, progress, seed, noise_fn):
             with torch.no_grad():
                 state = stepped.state
             del stepped
             yield state
 
-    def _visited(
-        self, denoise: Denoiser, x: Tensor, seeded: _Streams, noise_fn: NoiseFn | None, progress: bool
+    def _steps(
+        self,
+        denoise: Denoiser,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        seed: int | None,
+        noise_fn: NoiseFn | None,
     ) -> Iterator[Stepped]:
-        """All steps from ``x`` at the first of `times` on.
+        """All steps from x_T at the first of `times` on, with the arguments of `sample`.
 
         Drop each one before the next: what it may hold is memory that the next step then need not find elsewhere.
         """
+        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
+        x = seeded.start(noise)
         memory: Memory = ()
         for t, s in _shown(list(pairwise(self.times)), progress):
             given = None if noise_fn is None else noise_like(x, noise_fn(x, t))

@@ -98,7 +98,7 @@ class SamplerDDIM(Sampler):
         Above the last step is pure noise, which is the predicted eps. Clipping makes the step lossy. Raises
         `ArgumentError` unless eta is 0.
         """
-        self._check_deterministic()
+        self.check_deterministic()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
         x_start, eps = denoise(x, self.times_at(t, x.ndim))
         alpha, sigma = (
@@ -133,7 +133,7 @@ class SamplerDDIM(Sampler):
         the network's errors: "log-snr" and "karras" do. `round_trip` measures the error. Raises `ArgumentError`
         unless eta is 0.
         """
-        self._check_deterministic()
+        self.check_deterministic()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, guidance)
         x = x_start
         for s, t in pairwise(self.times[::-1]):
@@ -175,6 +175,7 @@ class SamplerDDIM(Sampler):
         )
         return RoundTrip(noise, sample, mean_flat((sample - x_start) ** 2).sqrt())
 
-    def _check_deterministic(self) -> None:
+    def check_deterministic(self) -> None:
+        """Raise `ArgumentError` unless eta is 0, as what inverts the sampler needs."""
         if self.eta != 0:
             raise ArgumentError(f"only deterministic sampling can be inverted: eta must be 0, got {self.eta}")

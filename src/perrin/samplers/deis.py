@@ -9,12 +9,12 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, Time
-from perrin.errors import ArgumentError
 from perrin.noise import Level
 from perrin.samplers.base import Draw, Memory, Sampler, Stepped
 from perrin.samplers.grids import Grid
 from perrin.samplers.multistep import (
     along_eps,
+    check_order,
     interpolation_weights,
     level_of,
     number,
@@ -41,8 +41,7 @@ class SamplerDEIS(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in get_args(Order):
-            raise ArgumentError(f"order must be 2, 3 or 4, got {self.order}")
+        check_order(self.order, get_args(Order))
 
     @property
     def convergence_order(self) -> int:

@@ -109,14 +109,10 @@ def _by_level(
     """Times whose places, functions of log-SNR, are even."""
     last = diffusion.num_timesteps - 1
     noisiest = diffusion.log_snr(last)
-    if (
-        noisiest == -math.inf and last > 0
-    ):  # pure noise has no place among the others: it takes that of the first
-        return (
-            last,
-            *_even(diffusion, count, place_of, log_snr_of, noisiest=diffusion.log_snr(last - 1))[1:],
-        )
-    return _even(diffusion, count, place_of, log_snr_of, noisiest=noisiest)
+    if noisiest > -math.inf or last == 0:
+        return _even(diffusion, count, place_of, log_snr_of, noisiest=noisiest)
+    # Pure noise has no place among the others: it takes that of the first.
+    return last, *_even(diffusion, count, place_of, log_snr_of, noisiest=diffusion.log_snr(last - 1))[1:]
 
 
 def _even(
@@ -127,6 +123,7 @@ def _even(
     *,
     noisiest: float,
 ) -> tuple[float, ...]:
+    """Those from log-SNR ``noisiest``, or from `MAX_SIGMA` if that is less noise, to the first timestep."""
     farthest = -2 * math.log(MAX_SIGMA)
     start = max(noisiest, farthest) if farthest < diffusion.log_snr(0) else noisiest
     first, last = place_of(start), place_of(diffusion.log_snr(0))

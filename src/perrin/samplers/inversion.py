@@ -71,10 +71,7 @@ class FixedPoint:
             raise ArgumentError(f"iterations must be at least 1, got {self.iterations}")
         if not self.tolerance >= 0:
             raise ArgumentError(f"tolerance must be at least 0, got {self.tolerance}")
-        if self.sampler.eta != 0:
-            raise ArgumentError(
-                f"only deterministic sampling can be inverted: eta must be 0, got {self.sampler.eta}"
-            )
+        self.sampler.check_deterministic()
 
     @torch.no_grad()
     def invert(

@@ -47,6 +47,13 @@ def number(t: Time) -> float:
     return t
 
 
+def check_order(order: int, known: tuple[int, ...]) -> None:
+    """Raise `ArgumentError` unless ``order`` is one of two or more that are ``known``."""
+    if order not in known:
+        *others, last = map(str, known)
+        raise ArgumentError(f"order must be {', '.join(others)} or {last}, got {order}")
+
+
 def level_of(denoise: Denoiser, t: Time) -> Level:
     """The noise level at time ``t``. Raises `ArgumentError` if ``t`` is a tensor."""
     level = denoise.schedule(number(t))

@@ -8,10 +8,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from perrin.denoiser import Denoiser, Time
-from perrin.errors import ArgumentError
 from perrin.samplers.base import Draw, Memory, Sampler, Stepped, Visit
 from perrin.samplers.grids import Grid
-from perrin.samplers.multistep import Seen, along_mean, level_of, seen_at, within_reach
+from perrin.samplers.multistep import Seen, along_mean, check_order, level_of, seen_at, within_reach
 
 Order = Literal[2, 3]
 
@@ -33,8 +32,7 @@ class SamplerUniPC(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in get_args(Order):
-            raise ArgumentError(f"order must be 2 or 3, got {self.order}")
+        check_order(self.order, get_args(Order))
 
     @property
     def convergence_order(self) -> int:

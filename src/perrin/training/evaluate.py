@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perrin.data import to_levels, write_grid
+from perrin.data import spread, to_levels, write_grid
 from perrin.diffusion import GaussianDiffusion
 from perrin.likelihood import PILOT_IMAGES, bound, mean_and_error, term_probabilities
 from perrin.reverse import Model
@@ -75,16 +75,14 @@ def evaluate(
 
 def held_out_bpd(network: RangeCounter, diffusion: GaussianDiffusion, batches: Batches) -> Tensor:
     """Bits per dimension (N,) of at most `MOST_IMAGES` examples, spread evenly over the held-out part."""
-    held_out = batches.held_out
-    count = min(len(held_out), MOST_IMAGES)
-    chosen = [int(held_out[place * len(held_out) // count]) for place in range(count)]
+    chosen = spread([int(i) for i in batches.held_out], MOST_IMAGES)
     terms = TERMS if diffusion.num_timesteps > TERMS + 1 else None
     probabilities = None
     if terms is not None:
         x_start, told = _told(batches, chosen[:PILOT_IMAGES])
         probabilities = term_probabilities(diffusion, network, x_start, seed=SEED, model_kwargs=told)
     totals = []
-    for rows in chunks(count, _chunk(batches)):
+    for rows in chunks(len(chosen), _chunk(batches)):
         x_start, told = _told(batches, chosen[rows])
         found = bound(
             diffusion,
