@@ -120,6 +120,11 @@ def learned_as_a_deviation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(learned, "log_variance", lambda self, extra, lookup: 2 * extra)
 
 
+def learned_variance_of_a_short_step_for_a_long_one(patch: pytest.MonkeyPatch) -> None:
+    learned = type(VARIANCES[ModelVarType.LEARNED])
+    patch.setattr(learned, "of_jumps", property(lambda self: self))
+
+
 def previous_mean_of_a_longer_step(patch: pytest.MonkeyPatch) -> None:
     original = ReverseProcess.reverse
 
@@ -299,7 +304,11 @@ FAULTS: list[tuple[Fault, tuple[str, ...]]] = [
         learned_range_upside_down,
         ("ddpm: learned-range, variance", "bound: entropy at*", "ddpm: whole*, variance"),
     ),
-    (learned_as_a_deviation, ("ddpm: learned, variance", "bound: entropy, learned variance")),
+    (learned_as_a_deviation, ("bound: entropy, learned variance",)),
+    (
+        learned_variance_of_a_short_step_for_a_long_one,
+        ("ddpm: learned, variance", "bound: entropy, converted variance"),
+    ),
     (previous_mean_of_a_longer_step, ("ddpm: previous-x network, *",)),
     (variance_for_deviation_in_ddim, ("ddim: eta 0.5, variance", "ddim: eta 1, variance")),
     (

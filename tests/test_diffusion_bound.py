@@ -14,14 +14,22 @@ from perrin.schedules import linear_betas
 
 
 def expected_bound(
-    keep: list[int], log_variance: Callable[[GaussianDiffusion, Tensor], Tensor], mean: float, std: float
+    keep: list[int],
+    log_variance: Callable[[GaussianDiffusion, Tensor], Tensor],
+    mean: float,
+    std: float,
+    convert: bool = False,
 ) -> float:
-    """The mean bound in bits, exact eps and a LEARNED variance that is a table of the respaced chain."""
+    """The mean bound in bits, exact eps and a LEARNED variance that is a table of the respaced chain.
+
+    With ``convert`` it is one of the whole chain, and becomes that of the longer steps.
+    """
     full = GaussianDiffusion(betas=linear_betas(1000), model_var_type=ModelVarType.LEARNED, levels=None)
-    diffusion = full.respaced(keep)
-    left = std**2 * (1 - diffusion.alphas_cumprod) / (diffusion.alphas_cumprod * (std**2 - 1) + 1)
+    diffusion = full.respaced(keep, convert_learned=convert)
+    told = full if convert else diffusion
+    left = std**2 * (1 - told.alphas_cumprod) / (told.alphas_cumprod * (std**2 - 1) + 1)
     table = torch.zeros(1000, dtype=torch.float64)
-    table[keep] = log_variance(diffusion, left)
+    table[slice(None) if convert else keep] = log_variance(told, left)
     eps = ideal_eps(full, mean, std)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -42,6 +50,7 @@ def entropy_bits(std: float) -> float:
     return 0.5 * math.log2(2 * math.pi * math.e * std**2)
 
 
+@pytest.mark.parametrize("convert", [False, True])
 @pytest.mark.parametrize(
     ("steps", "std"),
     [
@@ -52,9 +61,9 @@ def entropy_bits(std: float) -> float:
         (100, 0.05),
     ],
 )
-def test_ideal_bound_is_the_entropy(steps: int, std: float) -> None:
+def test_ideal_bound_is_the_entropy(steps: int, std: float, convert: bool) -> None:
     keep = sorted(space_timesteps(1000, steps))
-    gap = expected_bound(keep, optimal, 0.0, std) - entropy_bits(std)
+    gap = expected_bound(keep, optimal, 0.0, std, convert) - entropy_bits(std)
     alpha_bar = GaussianDiffusion(betas=linear_betas(1000)).alphas_cumprod[-1].item()
     excess = alpha_bar * (std**2 - 1)  # of the variance of x_T over the prior's 1
     assert gap == pytest.approx(0.5 * (excess - math.log1p(excess)) / math.log(2), abs=1e-12)

@@ -33,7 +33,7 @@ def test_a_respaced_chain_has_the_tables_of_its_betas() -> None:
     respaced = chain().respaced([0, 10, 50, 80])
     fresh = GaussianDiffusion(betas=respaced.betas)
     for name, table in fresh.named_buffers():
-        if name != "timestep_map":
+        if name != "timestep_map" and not name.startswith("trained_"):  # those of the whole chain
             torch.testing.assert_close(respaced.get_buffer(name), table, rtol=1e-11, atol=1e-13, msg=name)
 
 

@@ -254,7 +254,8 @@ def run_chain(run: Run, *, steps: int | None = None, calibrated: bool = False) -
         return run_calibration(run).chain(run.diffusion, steps)
     if steps is None or steps == run.diffusion.num_timesteps:
         return run.diffusion
-    return run.diffusion.respaced(space_timesteps(run.diffusion.num_timesteps, steps))
+    keep = space_timesteps(run.diffusion.num_timesteps, steps)
+    return run.diffusion.respaced(keep, convert_learned=True)
 
 
 def run_calibration(run: Run, path: Path | None = None) -> Calibration:

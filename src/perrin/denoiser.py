@@ -8,7 +8,7 @@ API give each example its own: then a time is an int64 tensor of shape (B, 1, ..
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -77,11 +77,11 @@ class DiffusionDenoiser:
 
     def __call__(self, x: Tensor, t: Time) -> Denoised:
         """x_start and eps for ``x`` (B, ...) at time ``t``."""
+        if self.denoised_fn is not None:
+            return self.processed(self.raw(x, t), x, t)
         step = self.step(t)
         output = self.diffusion.output(self.model, x, step, self.model_kwargs)
-        return self.diffusion.read(
-            output, x, step, clip_denoised=self.clip_denoised, denoised_fn=self.denoised_fn
-        )
+        return self.diffusion.read(output, x, step, clip_denoised=self.clip_denoised)
 
     def combined(
         self, x: Tensor, t: float, kept: float, gained: float
@@ -99,8 +99,13 @@ class DiffusionDenoiser:
         return self.diffusion.read(self.diffusion.output(self.model, x, step, self.model_kwargs), x, step)
 
     def processed(self, denoised: Denoised, x: Tensor, t: Time) -> Denoised:
-        """``denoised`` after ``denoised_fn`` and clipping."""
-        return self.diffusion.processed(denoised, x, self.step(t), self.clip_denoised, self.denoised_fn)
+        """``denoised`` after ``denoised_fn`` and clipping.
+
+        Where there is a ``denoised_fn``, an ancestral step follows the x_start that it gives, also where the network
+        predicts x_{t-1} itself.
+        """
+        found = self.diffusion.processed(denoised, x, self.step(t), self.clip_denoised, self.denoised_fn)
+        return found if self.denoised_fn is None else replace(found, previous=None)
 
     def schedule(self, t: Time) -> tuple[Coefficient, Coefficient]:
         """(alpha, sigma) at time ``t``, in float64."""

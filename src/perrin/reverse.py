@@ -26,6 +26,14 @@ from perrin.variance import VARIANCES, ModelVarType, Variance
 Model = Callable[..., Tensor]
 CondFn = Callable[..., Tensor]
 ModelKwargs = Mapping[str, Any] | None
+TRAINED = (
+    "target_xstart",
+    "target_eps",
+    "timestep_map",
+    "trained_posterior_variance",
+    "trained_posterior_mean_coef1",
+)
+"""The tables of the steps that a network was trained on, of which a respaced chain keeps some."""
 
 
 class ReverseProcess(ForwardProcess):
@@ -51,7 +59,10 @@ class ReverseProcess(ForwardProcess):
         self.original_num_timesteps = self.num_timesteps
         self.original_log_snr = [self.log_snr(t) for t in range(self.num_timesteps)]
         self.variance: Variance = VARIANCES[model_var_type]
-        self._add_reading(*self._output_pair(), torch.arange(self.num_timesteps))
+        a, b = self._output_pair()
+        timesteps = torch.arange(self.num_timesteps)
+        variance, gain = self.get_buffer("posterior_variance"), self.get_buffer("posterior_mean_coef1")
+        self._add_trained(dict(zip(TRAINED, (a, b, timesteps, variance, gain), strict=True)))
 
     def add_tables(self, tables: dict[str, Tensor]) -> None:
         """Hold ``tables`` too, in the place of those that have the same name."""
@@ -67,28 +78,32 @@ class ReverseProcess(ForwardProcess):
         )
         return output_pair(self.model_mean_type, alpha, sigma, previous)
 
-    def _add_reading(self, a: Tensor, b: Tensor, timestep_map: Tensor) -> None:
-        read = reading(a, b, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        columns = read._asdict()
+    def _add_trained(self, trained: dict[str, Tensor]) -> None:
+        """Hold the tables of the steps that the network was trained on, and how its output is read there."""
+        levels = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        columns = reading(trained["target_xstart"], trained["target_eps"], *levels)._asdict()
         if not all(column.isfinite().all() for column in columns.values()):
             raise ArgumentError(
                 f"{self.model_mean_type.name} does not determine x_0 where x_t holds no signal (the last beta is "
                 "1, zero terminal SNR): use VELOCITY, START_X or PREVIOUS_X"
             )
-        self.add_tables({"target_xstart": a, "target_eps": b, "timestep_map": timestep_map} | columns)
+        self.add_tables(trained | columns)
 
-    def respaced(self, keep: Iterable[int]) -> Self:
+    def respaced(self, keep: Iterable[int], *, convert_learned: bool = False) -> Self:
         """The chain that visits only the timesteps ``keep``, with the same marginals there.
 
         The network stays the one of this chain: it sees this chain's timesteps, and a PREVIOUS_X output is read
-        as the mean of this chain's previous step. A LEARNED log-variance is taken as it is, which suits only the
-        chain it was trained on; LEARNED_RANGE adapts. Raises `ArgumentError` for timesteps out of range, or to leave
-        out steps of a chain with a variance of its own (`with_variance`), whose tables would not fit.
+        as the mean of this chain's previous step. LEARNED_RANGE adapts by its range. A LEARNED log-variance is taken
+        as it is, as the reference implementation does, which suits a network that was trained on the shorter chain;
+        with ``convert_learned`` it is read as that of this chain's step, and made that of the longer one
+        (`JumpVariance`). Raises `ArgumentError` for timesteps out of range, or to leave out steps of a chain with a
+        variance of its own (`with_variance`), whose tables would not fit.
         """
         kept = sorted({int(t) for t in keep})
         if not kept or kept[0] < 0 or kept[-1] >= self.num_timesteps:
             raise ArgumentError(f"keep must hold timesteps from 0 to {self.num_timesteps - 1}, got {kept}")
-        if self.variance is not VARIANCES[self.model_var_type] and len(kept) < self.num_timesteps:
+        own = VARIANCES[self.model_var_type]
+        if self.variance not in (own, own.of_jumps) and len(kept) < self.num_timesteps:
             raise ArgumentError(
                 f"a chain with a variance of its own keeps all of its {self.num_timesteps} steps, got {len(kept)}: "
                 "respace first, then give it the variance"
@@ -96,8 +111,11 @@ class ReverseProcess(ForwardProcess):
         chain = self.shallow_copy()
         chain.num_timesteps = len(kept)
         chain.add_tables(respaced_tables(self.floats["log_alphas_cumprod"], kept))
-        names = "target_xstart", "target_eps", "timestep_map"
-        chain._add_reading(*(torch.tensor(self.floats[name], dtype=torch.float64)[kept] for name in names))
+        chain._add_trained(
+            {name: torch.tensor(self.floats[name], dtype=torch.float64)[kept] for name in TRAINED}
+        )
+        if convert_learned and len(kept) < self.num_timesteps:
+            chain.variance = own.of_jumps
         return chain.to(self.betas.device)
 
     def with_variance(self, variance: Variance, tables: Mapping[str, Tensor]) -> Self:

@@ -45,6 +45,11 @@ class FixedVariance:
     def ends(self, lookup: Lookup) -> None:
         """None, for there is no extra output."""
 
+    @property
+    def of_jumps(self) -> FixedVariance:
+        """Itself: the tables are those of any chain."""
+        return self
+
 
 @dataclass(frozen=True)
 class VarianceOfEach:
@@ -69,6 +74,31 @@ class LearnedVariance(VarianceOfEach):
         """The extra output whose log-variance is the posterior's, clipped, and the one whose is log beta."""
         return lookup("posterior_log_variance_clipped"), lookup("log_betas")
 
+    @property
+    def of_jumps(self) -> LearnedVariance:
+        """The same network's variance of steps that are longer than those it was trained on."""
+        return JumpVariance()
+
+
+@dataclass(frozen=True)
+class JumpVariance(LearnedVariance):
+    """The variance of a longer step, from the log-variance that the network's extra output is of its own step.
+
+    Either is ``posterior_variance + posterior_mean_coef1^2 Var[x_0 | x_t]`` (Analytic-DPM, arXiv:2201.06503, eq. 8),
+    by the tables of its own chain: so Var[x_0 | x_t] of what the network says. It is at most 1, as data in [-1, 1]
+    have it; a network that says less than its posterior variance has told nothing of it, and it is taken to be as
+    little as that. Of the noisiest steps it takes many digits to tell: there a network's may be anything up to 1,
+    which matters in jumps from there to nearly clean data, in less than about ten steps.
+    """
+
+    def log_variance(self, extra: Tensor | None, lookup: Lookup) -> Coefficient:
+        """The log-variance of each dimension."""
+        said = cast(Tensor, extra).exp()
+        gain, least = lookup("trained_posterior_mean_coef1"), lookup("trained_posterior_variance")
+        unknown = affine(1 / gain**2, said, -least / gain**2)
+        unknown = torch.where(unknown > 0, unknown, said).clamp_(max=1)
+        return affine(lookup("posterior_mean_coef1") ** 2, unknown, lookup("posterior_variance")).log_()
+
 
 @dataclass(frozen=True)
 class RangedVariance(LearnedVariance):
@@ -86,6 +116,11 @@ class RangedVariance(LearnedVariance):
     def ends(self, lookup: Lookup) -> tuple[Coefficient, Coefficient]:
         """-1 and 1."""
         return -1.0, 1.0
+
+    @property
+    def of_jumps(self) -> RangedVariance:
+        """Itself: the range is that of any chain."""
+        return self
 
 
 VARIANCES: dict[ModelVarType, FixedVariance | LearnedVariance] = {

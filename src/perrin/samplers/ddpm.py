@@ -30,7 +30,7 @@ class SamplerDDPM(Sampler):
     @cached_property
     def chain(self) -> GaussianDiffusion:
         """The diffusion respaced to this sampler's times."""
-        return self.diffusion.respaced(map(int, self.times[:-1]))
+        return self.diffusion.respaced(map(int, self.times[:-1]), convert_learned=True)
 
     @cached_property
     def _index(self) -> dict[tuple[Time, Time], int]:

@@ -72,7 +72,7 @@ def ancestral(
     diffusion = bench.chain(var_type, mean_type=mean_type)
     sampler = SamplerDDPM(diffusion, STEPS)
     extras: dict[ModelVarType, Callable[[Tensor, Tensor], Tensor]] = {
-        ModelVarType.LEARNED: OptimalVariance(DATA, diffusion, [int(t) for t in sampler.times[-2::-1]]),
+        ModelVarType.LEARNED: OptimalVariance(DATA, diffusion),
         ModelVarType.LEARNED_RANGE: lambda x, t: torch.full_like(x, SHARE),
     }
     found = moments(bench, sampler, Oracle(DATA, diffusion, extras.get(var_type)))
