@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cli_helpers import TINY, TINY_MLP, image_file, train, vector_file
+from cli_helpers import BOX, TINY, TINY_MLP, figures_of, image_file, train, vector_file
+from cli_helpers import error_of as error_of_command
 from perrin.build import load_run
 from perrin.cli.train_classifier import DEFAULT_STEPS, Options, config_of, run
 from perrin.errors import PerrinError
@@ -126,6 +127,29 @@ def test_each_flag_reaches_the_network_and_its_training() -> None:
         assert getattr(config_of(Options(Path("run"), **{name: value}), (1, 8, 8)), name) == value
     assert plain.encoder.patch == 1
     assert config_of(Options(Path("run")), (1, 28, 28)).encoder.patch == 2
+
+
+DRAWING = {"sample": [], "vary": [], "inpaint": BOX, "interpolate": ["--seeds", "1", "2"]}
+
+
+@pytest.mark.parametrize("command", DRAWING)
+def test_pictures_of_two_classifiers_do_not_share_a_folder(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    run([str(runs["plain"]), "--steps", "1", "--out", str(tmp_path / "cl"), *SMALL])
+    drawing = [command, str(runs["plain"]), *DRAWING[command], "-n", "2", "--steps", "2", "--label", "1"]
+    drawing += ["--out", str(tmp_path / "o")]
+    kept = figures_of([*drawing, "--classifier", str(tmp_path / "cl")], capsys)["classifier"]
+    monkeypatch.chdir(tmp_path)
+    again = figures_of([*drawing, "--classifier", "cl"], capsys)
+    assert again["network_calls"] is None  # nothing is drawn again
+    run([str(runs["plain"]), "--steps", "2", "--out", str(tmp_path / "cl"), *SMALL])
+    line = error_of_command([*drawing, "--classifier", "cl"], capsys)
+    assert line.startswith(f"{tmp_path / 'o'} holds pictures of classifier {kept}, asked for ")
 
 
 def labelled(folder: Path, names: list[str], n: int = 24) -> Path:

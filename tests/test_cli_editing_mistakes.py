@@ -38,7 +38,7 @@ from cli_helpers import BOX, error_of, image_file
         (["inpaint", *BOX, "--jump", "0"], "--jump must be at least 1, got 0"),
         (
             ["inpaint", *BOX, "--jump", "7", "--steps", "6"],
-            "jump must be from 1 to 6, the number of steps, got 7",
+            "--jump must be from 1 to 6, the number of steps, got 7",
         ),
         (
             ["inpaint", *BOX, "--steps", "13"],

@@ -250,8 +250,8 @@ def test_latents_come_back_as_pictures(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "steps must be from 1 to 12, got 0"),
-        (["--steps", "13"], "steps must be from 1 to 12, got 13"),
+        (["--steps", "0"], "--steps must be from 1 to 12, got 0"),
+        (["--steps", "13"], "--steps must be from 1 to 12, got 13"),
         (["--steps", "1"], "--steps must be at least 2 for bdia, got 1"),
         (["--method", "edict"], "edict"),
         (["--iterations", "0"], "--iterations must be at least 1, got 0"),

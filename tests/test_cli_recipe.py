@@ -6,13 +6,17 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cli_helpers import TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from cli_helpers import BOX, TINY, TINY_MLP, error_of, figures_of, image_file, train, vector_file
+from perrin.build import load_run
+from perrin.cli.grids import GridFlag
 from perrin.cli.main import main
-from perrin.cli.recipe import GridFlag, Recipe, SamplerName
+from perrin.cli.recipe import Recipe, SamplerName
+from perrin.data import to_levels
 from perrin.data.decode import decode
-from perrin.samplers import SAMPLERS, GridName
+from perrin.samplers import SAMPLERS, GridName, SampleNoise
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,20 @@ def test_a_trajectory_ends_in_the_samples(run, tmp_path, name, capsys):
             np.testing.assert_allclose(last, found[0][0], atol=3)
 
 
+def test_a_trajectory_begins_where_the_samples_do(run, tmp_path, monkeypatch, capsys):
+    asked, initial = [], SampleNoise.initial
+
+    def recorded(self, shape, device):
+        asked.append(device)
+        return initial(self, shape, device)
+
+    model_s = torch.device("cpu", 0)  # "cpu" is another name
+    monkeypatch.setattr("perrin.cli.sample.pick_device", lambda name: model_s)
+    monkeypatch.setattr(SampleNoise, "initial", recorded)
+    samples(run, tmp_path / "a", "--steps", "2", "--trajectory", str(tmp_path / "strip.png"))
+    assert asked == [model_s] * 3  # the samples, those that are shown again, and the picture's first column
+
+
 @pytest.mark.parametrize("name", ["strip.png", "film.gif", "film.webp"])
 def test_a_trajectory_takes_the_place_of_one_alone(run, tmp_path, name, capsys):
     path = tmp_path / name
@@ -191,6 +209,28 @@ def test_the_grid_of_times_and_the_picture_are_both_told(run, tmp_path, capsys):
     assert figures["grid"].endswith("grid.png")
 
 
+def test_times_of_the_user_s_own_are_a_grid(run, tmp_path, capsys):
+    command = ["--sampler", "dpm-2m", "--grid", "11,6.5,2,0"]
+    load = load_run(run)
+    sampler = SAMPLERS["dpm-2m"](load.diffusion, grid=[11, 6.5, 2, 0])
+    noise = SampleNoise(0, range(4))
+    x = sampler.sample(load.network, (4, 1, 8, 8), noise=noise.initial((4, 1, 8, 8), "cpu"))
+    np.testing.assert_array_equal(samples(run, tmp_path / "a", *command), to_levels(x, 256))
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert (settings["timestep_grid"], settings["steps"]) == ([11, 6.5, 2, 0], 4)
+    samples(run, tmp_path / "a", *command[:-1], "11,6.5,2,0,-1", "--steps", "4")
+    names = set()
+    for times in ("11,6.5,2,0", "11,6.5,1,0"):
+        names.add(figures_of(["sample", str(run), "-n", "1", "--grid", times], capsys)["samples"])
+    assert len(names) == 2
+
+
+def test_editing_takes_times_of_the_user_s_own(run, tmp_path, capsys):
+    command = ["inpaint", str(run), "-n", "1", *BOX, "--grid", "11,5,0", "--out", str(tmp_path / "a")]
+    figures = figures_of(command, capsys)
+    assert (figures["timestep_grid"], figures["steps"]) == ([11, 5, 0], 3)
+
+
 def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
     compiled = []
 
@@ -207,7 +247,23 @@ def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
     ("flags", "line"),
     [
         (["--sampler", "euler"], "invalid choice 'euler'"),
-        (["--grid", "log"], "invalid choice 'log'"),
+        (["--grid", "log"], "--grid takes uniform|quadratic|trailing|log-snr|karras|T,T,..., got log"),
+        (["--grid", "11,a"], "--grid takes uniform|quadratic|trailing|log-snr|karras|T,T,..., got 11,a"),
+        (["--grid", "0,11"], "--grid must hold falling times from 0 to 11, got [0, 11]"),
+        (["--grid", "12,0"], "--grid must hold falling times from 0 to 11, got [12, 0]"),
+        (["--grid", "nan"], "--grid must hold falling times from 0 to 11, got [nan]"),
+        (
+            ["--grid", "11,4,0", "--steps", "2"],
+            "--steps must be 3, the number of times in grid, or None, got 2",
+        ),
+        (
+            ["--grid", "11,4.5,0", "--sampler", "ddpm"],
+            "--grid must hold whole times for this sampler and network, got [11, 4.5, 0]",
+        ),
+        (
+            ["--grid", "11,0", "--calibrated"],
+            "--calibrated has timesteps of its own: give --grid 11,0 or it, not both",
+        ),
         (
             ["--eta", "0.5", "--sampler", "heun"],
             "--eta belongs to --sampler ddim, got --sampler heun --eta 0.5",
@@ -236,6 +292,18 @@ def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
         (["--autoguidance", "3"], "has no checkpoint of step 3"),
         (["--classifier", "nowhere"], "nowhere holds no classifier"),
         (["--trajectory", "film.mp4"], "--trajectory must end in .png, .gif, .webp, got film.mp4"),
+        (
+            ["--label", "-1", "--guidance-scale", "5"],
+            "--guidance-scale 5 guides to a class, got --label -1, which is none: leave out one of them",
+        ),
+        (
+            ["--label", "-1", "--classifier", "nowhere"],
+            "--classifier nowhere guides to a class, got --label -1, which is none: leave out one of them",
+        ),
+        (
+            ["--autoguidance", "4"],
+            "--autoguidance must be the step of an earlier checkpoint than the one that samples, 4, got 4",
+        ),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--steps", "13"], "--steps must lie between 1 and 12"),
     ],
@@ -244,6 +312,20 @@ def test_a_compiled_network_is_compiled(run, tmp_path, monkeypatch):
 def test_a_wrong_flag_is_one_clear_line(run, tmp_path, capsys, flags, line):
     assert line in error_of(["sample", str(run), "--out", str(tmp_path / "x"), *flags], capsys)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_later_checkpoint_is_no_weaker_one(conditional, capsys):
+    line = error_of(["sample", str(conditional), "--checkpoint", "2", "--autoguidance", "4"], capsys)
+    assert line == (
+        "--autoguidance must be the step of an earlier checkpoint than the one that samples, 2, got 4"
+    )
+
+
+@pytest.mark.parametrize("command", [["vary"], ["inpaint", *BOX], ["interpolate", "--seeds", "1", "2"]])
+def test_editing_does_not_guide_to_no_class_either(conditional, capsys, command):
+    name, *flags = command
+    line = error_of([name, str(conditional), *flags, "--label", "-1", "--guidance-scale", "2"], capsys)
+    assert line.startswith("--guidance-scale 2 guides to a class, got --label -1")
 
 
 def test_guidance_needs_a_model_that_did_without_its_classes(tmp_path, capsys):

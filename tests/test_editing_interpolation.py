@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from perrin import GaussianDiffusion, ModelMeanType, SamplerDDIM, SamplerDDPM
 from perrin.editing import SamplingOptions, interpolate, interpolate_data, interpolate_seeds, slerp
@@ -128,6 +128,27 @@ def test_between_seeds_the_ends_are_the_samples_of_the_seeds(name: str) -> None:
         start = noise.initial((1, *SHAPE), "cpu")
         alone = sampler.sample(NETWORK, (1, *SHAPE), noise=start, noise_fn=noise)
         torch.testing.assert_close(x, alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_between_seeds_the_noise_is_on_the_model_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    initial = SampleNoise.initial
+
+    def recorded(self: SampleNoise, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        asked.append(device)
+        return initial(self, shape, "cpu")
+
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x
+
+    monkeypatch.setattr(SampleNoise, "initial", recorded)
+    interpolate_seeds(SAMPLERS["ddim"](CHAIN, 2), Elsewhere(), SHAPE, seeds=(3, 8), count=2)
+    assert asked == [torch.device("meta")] * 2
 
 
 def test_noise_of_the_caller_is_shared_by_all_places() -> None:

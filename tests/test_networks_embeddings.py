@@ -103,6 +103,18 @@ def test_narrow_networks_still_see_the_time() -> None:
         (torch.zeros(3), torch.zeros(2, dtype=torch.long), ShapeError, r"t must have shape \(2,\).*\(3,\)"),
         (torch.zeros(2), None, ArgumentError, "y must hold class labels for a network of 5 classes"),
         (torch.zeros(2), torch.zeros(2), ArgumentError, "integer class labels, got torch.float32"),
+        (
+            torch.zeros(2),
+            torch.tensor([0, 5]),
+            ArgumentError,
+            "y must hold classes from 0 to 4, or -1, got 0 to 5",
+        ),
+        (
+            torch.zeros(2),
+            torch.tensor([-2, 4]),
+            ArgumentError,
+            "y must hold classes from 0 to 4, or -1, got -2 to 4",
+        ),
         (torch.zeros(2), torch.zeros(1, dtype=torch.long), ShapeError, r"y must have shape \(2,\).*\(1,\)"),
     ],
 )

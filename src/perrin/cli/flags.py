@@ -61,6 +61,18 @@ def check_at_least(options: object, names: Iterable[str], least: int = 1) -> Non
 
 
 @contextmanager
+def named_as_flags(*names: str) -> Iterator[None]:
+    """Within it, an `ArgumentError` that begins with one of ``names``, which are arguments, begins with its flag."""
+    try:
+        yield
+    except ArgumentError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in names:
+            raise
+        raise ArgumentError(f"{flag_of(name)} {rest}") from None
+
+
+@contextmanager
 def _errors_on_one_line() -> Iterator[None]:
     boxes = StringIO()
     try:

@@ -12,7 +12,7 @@ import tyro
 
 from perrin.cli.console import many, report
 from perrin.cli.editing import Common, Edit, Images, Job, edited, open_folder
-from perrin.cli.flags import check_at_least, parse
+from perrin.cli.flags import check_at_least, named_as_flags, parse
 from perrin.cli.recipe import Recipe, Way
 from perrin.errors import ArgumentError
 
@@ -71,7 +71,8 @@ def run(args: Sequence[str]) -> None:
     fill = region(options, model)
     recipe = with_fewer_steps(options.recipe, model)
     way = recipe.way(model)
-    moves = sum(s < t for t, s in inpainting_moves(way.sampler.times, options.resamples, options.jump))
+    with named_as_flags("jump"):
+        moves = sum(s < t for t, s in inpainting_moves(way.sampler.times, options.resamples, options.jump))
     images = Images.load(model, way, options.data, options.common.label, count=options.count)
     job = Job("inpaint", model, way, images, options.variations, options.seed)
     settings = {
@@ -115,7 +116,7 @@ def filling(options: Options, way: Way, fill: Tensor) -> Edit:
 
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-    options.recipe.check()
+    options.recipe.check(options.common.label)
     check_at_least(options, ("resamples", "jump", "count", "variations", "batch_size"))
     if (options.mask is None) == (options.box is None):
         found = "neither" if options.mask is None else "both"

@@ -109,7 +109,7 @@ def inverting(recipe: Recipe) -> Recipe:
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
     recipe = options.recipe
-    recipe.check()
+    recipe.check(options.common.label)
     if options.count < 2:
         raise ArgumentError(f"--count must be at least 2, both ends, got {options.count}")
     if (options.seeds is None) == (options.between is None):
@@ -191,7 +191,6 @@ def pictures(
         seeds=options.seeds,
         count=options.count,
         options=sampling_options(model, way, classes),
-        device=model.device,
     )
 
 

@@ -13,9 +13,9 @@ import tyro
 
 from perrin.cli.console import DeviceName, examples, many, note, pick_device, report
 from perrin.cli.editing import data_of
-from perrin.cli.flags import check_at_least, parse
+from perrin.cli.flags import check_at_least, named_as_flags, parse
+from perrin.cli.grids import GridFlag
 from perrin.cli.measure import batches, finite, held_out
-from perrin.cli.recipe import GridFlag
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -327,7 +327,8 @@ def load(path: Path, how: How) -> Run:
 def journey_of(run: Run, method: Method, steps: int, how: How) -> Journey:
     """The way of ``method``. Raises `ArgumentError` for a number of steps that there is not."""
     journey = Journey(run, method, steps, how.grid, how.precision_of(method), how.iterations, how.tolerance)
-    journey.check()
+    with named_as_flags("steps"):
+        journey.check()
     return journey
 
 

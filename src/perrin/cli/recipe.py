@@ -10,7 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from perrin.cli.flags import flag_of
+from perrin.cli.flags import flag_of, named_as_flags
+from perrin.cli.grids import GridOrTimes, grid_text
 from perrin.errors import ArgumentError, RunError
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ SamplerName = Literal[
     "bdia",
 ]
 """The keys of `perrin.samplers.SAMPLERS`, written out for ``--help``."""
-
-GridFlag = Literal["uniform", "quadratic", "trailing", "log-snr", "karras"]
 
 DEFAULT_STEPS: dict[str, int | None] = {"ddim": 50, "ddpm": None}
 """Steps unless asked otherwise, if they are not `FAST_STEPS`; None is all."""
@@ -120,8 +119,9 @@ class Recipe:
     steps: int | None = None
     """Number of steps, 1 to T; by default 20, 50 for ddim, T for ddpm. heun and dpm-2s call the
     network twice a step."""
-    grid: GridFlag | None = None
-    """Where the steps lie; by default the sampler's own choice."""
+    grid: GridOrTimes = None
+    """Where the steps lie, by name or as falling times from T - 1 to 0, such as 999,500,99.5,0, one for each step; by
+    default the sampler's own choice."""
     calibrated: bool = False
     """Use the timesteps of `perrin calibrate`, and for ddpm its variances too; without --steps, as many as gave the
     best bound. They are chosen for the bound, not for the looks."""
@@ -149,8 +149,8 @@ class Recipe:
     """Dynamic threshold: the share of values, such as 0.995, that each prediction is scaled to keep within
     the range."""
 
-    def check(self) -> None:
-        """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
+    def check(self, label: str | None = None) -> None:
+        """Refuse what can be refused before anything is loaded, with `ArgumentError`; ``label`` is --label's."""
         for name, owner in OWNERS.items():
             value = getattr(self, name)
             if value is not None and self.sampler != owner:
@@ -159,7 +159,7 @@ class Recipe:
                 )
         if self.calibrated and self.grid is not None:
             raise ArgumentError(
-                f"--calibrated has timesteps of its own: give --grid {self.grid} or it, not both"
+                f"--calibrated has timesteps of its own: give --grid {grid_text(self.grid)} or it, not both"
             )
         if self.guidance_scale == 1 and (self.guidance_interval or self.guidance_rescale):
             raise ArgumentError("--guidance-interval and --guidance-rescale need --guidance-scale, got 1")
@@ -168,6 +168,16 @@ class Recipe:
             if scale is not None and getattr(self, name) is None:
                 raise ArgumentError(f"--{name}-scale {scale:g} needs --{name}, which is not given")
         self._check_ranges()
+        if label == str(NO_LABEL):
+            self._check_guides_to_none()
+
+    def _check_guides_to_none(self) -> None:
+        scale = None if self.guidance_scale == 1 else f"{self.guidance_scale:g}"
+        for flag, value in {"--guidance-scale": scale, "--classifier": self.classifier}.items():
+            if value is not None:
+                raise ArgumentError(
+                    f"{flag} {value} guides to a class, got --label {NO_LABEL}, which is none: leave out one of them"
+                )
 
     def _check_ranges(self) -> None:
         ranges = {
@@ -199,7 +209,7 @@ class Recipe:
     @property
     def takes_all(self) -> bool:
         """Whether every timestep is a step, since nothing else is asked for."""
-        unasked = self.steps is None and not self.calibrated
+        unasked = self.steps is None and not self.calibrated and not isinstance(self.grid, tuple)
         return unasked and DEFAULT_STEPS.get(self.sampler, FAST_STEPS) is None
 
     def way(self, run: Run, *, compile_network: bool = False) -> Way:
@@ -248,9 +258,12 @@ class Recipe:
             chain = run_chain(run, steps=self.steps, calibrated=True)
             return SAMPLERS[self.sampler](chain, grid="uniform", **own)
         own |= {} if self.grid is None else {"grid": self.grid}
-        return SAMPLERS[self.sampler](run.diffusion, self._steps(run.diffusion.num_timesteps), **own)
+        with named_as_flags("steps", "grid"):
+            return SAMPLERS[self.sampler](run.diffusion, self._steps(run.diffusion.num_timesteps), **own)
 
-    def _steps(self, num_timesteps: int) -> int:
+    def _steps(self, num_timesteps: int) -> int | None:
+        if isinstance(self.grid, tuple):
+            return self.steps
         if self.steps is None:
             wanted = DEFAULT_STEPS.get(self.sampler, FAST_STEPS)
             return num_timesteps if wanted is None else min(wanted, num_timesteps)
@@ -265,6 +278,11 @@ class Recipe:
 
         if self.autoguidance is None:
             return None
+        if self.autoguidance >= run.step:
+            raise ArgumentError(
+                f"--autoguidance must be the step of an earlier checkpoint than the one that samples, {run.step}, "
+                f"got {self.autoguidance}"
+            )
         weaker = load_run(run.folder.path, weights=run.weights, step=self.autoguidance, device=run.device)
         return weaker.network
 
@@ -286,12 +304,15 @@ class Recipe:
 
     def settings(self, run: Run, sampler: Sampler) -> dict[str, Any]:
         """What of the recipe determines a sample; None where a flag is not given."""
+        from perrin.training.classifier import weights_hash
+
         return {
             "sampler": self.sampler,
             "steps": len(sampler.times) - 1,
             "eta": (self.eta or 0.0) if self.sampler == OWNERS["eta"] else None,
             "calibration": calibration_of(run) if self.calibrated else None,
-            "timestep_grid": self.grid,
+            "classifier": None if self.classifier is None else weights_hash(self.classifier),
+            "timestep_grid": list(sampler.times[:-1]) if isinstance(self.grid, tuple) else self.grid,
             **{name: value for name, (value, _) in self._further().items()},
         }
 
@@ -305,7 +326,6 @@ class Recipe:
             "guidance_rescale": "rescale{:g}",
             "autoguidance": "auto{}",
             "autoguidance_scale": "autoscale{:g}",
-            "classifier": "classifier",
             "classifier_scale": "classifierscale{:g}",
             "threshold": "threshold{:g}",
         }
@@ -315,23 +335,21 @@ class Recipe:
             if value == getattr(defaults, name):
                 found[name] = (None, "")
             else:
-                found[name] = (_as_json(value), text.format(value))
+                as_json = list(value) if isinstance(value, tuple) else value  # as it comes back from a file
+                found[name] = (as_json, text.format(value))
         return found
 
     def name_parts(self, sampler: Sampler) -> list[str]:
         """Parts of a folder's name."""
         parts = [f"{self.sampler}-{len(sampler.times) - 1}steps"]
         parts += ["calibrated"] if self.calibrated else []
-        parts += [self.grid] if self.grid else []
+        if isinstance(self.grid, tuple):
+            parts += [f"times{_short_hash(repr(sampler.times).encode())}"]
+        else:
+            parts += [self.grid] if self.grid else []
         parts += [f"eta{self.eta:g}"] if self.eta else []
+        parts += ["classifier"] if self.classifier else []
         return parts + [text for _, text in self._further().values() if text]
-
-
-def _as_json(value: object) -> object:
-    """``value`` as it will be when it is read from a file again."""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def drawn_classes(label: str | None, way: Way, count: int, run: Path) -> list[int] | None:
@@ -370,4 +388,8 @@ def _check_knows_no_class(run: Run, scale: float) -> None:
 
 def calibration_of(run: Run) -> str:
     """A short hash of the run's calibration, which changes the samples when it is made anew."""
-    return blake2b(run.folder.calibration_path.read_bytes(), digest_size=6).hexdigest()
+    return _short_hash(run.folder.calibration_path.read_bytes())
+
+
+def _short_hash(content: bytes) -> str:
+    return blake2b(content, digest_size=6).hexdigest()

@@ -94,7 +94,7 @@ def check(options: Options) -> None:
     check_at_least(options, ("count", "batch_size"))
     if options.trajectory is not None:
         check_trajectory(options.trajectory)
-    options.recipe.check()
+    options.recipe.check(options.label)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,9 @@ class Job:
         indices = range(shown(path, self.options.count))
         states = list(self.states(indices, self.start(indices)))
         shape = (len(indices), *self.model.folder.facts.shape)
-        write_trajectory(path, self.start(indices).initial(shape, "cpu"), states, self.model.folder.facts)
+        write_trajectory(
+            path, self.start(indices).initial(shape, self.model.device), states, self.model.folder.facts
+        )
         return {"trajectory": str(path)}
 
     def lines(self, paths: dict[str, str], kept: int, calls: float | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from perrin.cli.console import DeviceName, examples, note, pick_device, report
-from perrin.cli.flags import check_at_least, flag_of, parse
+from perrin.cli.flags import check_at_least, named_as_flags, parse
 from perrin.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -114,12 +114,8 @@ def check_task(task: ClassifierTask) -> None:
     """Raise what training would, before anything is written, with the flags' names for the network's arguments."""
     from perrin.training.classifier import EncoderConfig
 
-    try:
+    with named_as_flags(*(field.name for field in fields(EncoderConfig))):
         task.check()
-    except ArgumentError as error:
-        name, _, rest = str(error).partition(" ")
-        known = name in {field.name for field in fields(EncoderConfig)}
-        raise ArgumentError(f"{flag_of(name)} {rest}" if known else str(error)) from None
 
 
 def task_of(options: Options, model: Run) -> ClassifierTask:

@@ -73,7 +73,7 @@ def _write_strip(path: Path, start: Tensor, states: Sequence[Sample], levels: in
     chosen = [round((len(states) - 1) * i / max(columns - 1, 1)) for i in range(columns)]
     before = [start, *(state["sample"] for state in states[:-1])]  # the x_t that each prediction is made of
     last = states[-1]["sample"]
-    noisy = torch.stack([*(before[i].to(last) for i in chosen), last], 1)
+    noisy = torch.stack([*(before[i] for i in chosen), last], 1)
     predicted = torch.stack([*(states[i]["pred_xstart"] for i in chosen), last], 1)
     rows = torch.stack([noisy, predicted], 1).flatten(0, 2)  # from (B, 2, columns + 1, C, H, W)
     write_grid(path, to_levels(rows, levels), levels, columns=columns + 1, title=TITLE)

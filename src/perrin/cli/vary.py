@@ -77,7 +77,7 @@ def run(args: Sequence[str]) -> None:
 
 def check(options: Options) -> None:
     """Refuse what can be refused before anything is loaded, with `ArgumentError`."""
-    options.recipe.check()
+    options.recipe.check(options.common.label)
     check_at_least(options, ("count", "variations", "batch_size"))
     if not 0 < options.strength <= 1:
         raise ArgumentError(f"--strength must be above 0 and at most 1, got {options.strength}")

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, one_hot
 from perrin.editing.options import PLAIN, SamplingOptions
 from perrin.errors import ArgumentError, ShapeError
 from perrin.reverse import Model
-from perrin.samplers.base import SampleNoise, Sampler
+from perrin.samplers.base import SampleNoise, Sampler, device_of
 from perrin.samplers.ddim import SamplerDDIM
 from perrin.tensors import append_dims, at_least_float32
 
@@ -98,14 +98,15 @@ def interpolate_seeds(
     seeds: tuple[int, int],
     count: int = 8,
     options: SamplingOptions = PLAIN,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Samples (``count``, ...) from between the samples of ``shape`` (...) that two ``seeds`` give.
 
     The noise of the steps is interpolated as x_T is, so that the ends are sample 0, or ``options.indices[0]``, of
-    either seed with a stochastic sampler too. The seed and ``noise_fn`` of ``options`` have no part in it. Raises
-    `ArgumentError` unless ``count`` is at least 2.
+    either seed with a stochastic sampler too. The seed and ``noise_fn`` of ``options`` have no part in it. ``device``
+    is that of `Sampler.sample`. Raises `ArgumentError` unless ``count`` is at least 2.
     """
+    device = device_of(device, None, model, sampler.diffusion)
     index = 0 if options.indices is None else options.indices[0]
     streams = [SampleNoise(seed, [index]) for seed in seeds]
     start = [stream.initial((1, *shape), device) for stream in streams]

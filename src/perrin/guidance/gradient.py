@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perrin.denoiser import DiffusionDenoiser, Time
 from perrin.errors import ArgumentError, ShapeError
 from perrin.guidance.base import Guidance, Guided
-from perrin.networks import NO_CLASS
+from perrin.networks.embeddings import NO_CLASS, check_classes
 from perrin.parameterization import Denoised
 from perrin.reverse import CondFn, Model
 from perrin.tensors import mix
@@ -86,7 +86,7 @@ def classifier_gradient(network: Model, scale: float = 1.0, *, y: Tensor | None 
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             log_p = torch.log_softmax(network(x, t), dim=1)
-            _check_classes(labels, log_p.shape[1])
+            check_classes(labels, log_p.shape[1])
             told = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels != NO_CLASS)
             return scale * torch.autograd.grad(told.sum(), x)[0]
 
@@ -101,14 +101,6 @@ def _labels(y: Tensor | None, x: Tensor) -> Tensor:
             f"y must be {len(x)} integers, one class per example, got {y.dtype} {tuple(y.shape)}"
         )
     return y.to(x.device).long()
-
-
-def _check_classes(labels: Tensor, count: int) -> None:
-    if labels.device.type != "cpu" or not len(labels):  # where looking is not free
-        return
-    low, high = (int(end) for end in labels.aminmax())
-    if low < NO_CLASS or high >= count:
-        raise ArgumentError(f"y must hold classes from 0 to {count - 1}, or {NO_CLASS}, got {low} to {high}")
 
 
 def _score(denoiser: DiffusionDenoiser, cond_fn: CondFn, x: Tensor, t: Time) -> Tensor:

@@ -30,6 +30,18 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
+def check_classes(y: Tensor, count: int) -> None:
+    """Raise `ArgumentError` unless integers ``y`` (B,) are `NO_CLASS` or below ``count``, where looking is free.
+
+    That is on the CPU, outside of compiled code.
+    """
+    if y.device.type != "cpu" or torch.compiler.is_compiling() or not len(y):
+        return
+    low, high = (int(end) for end in y.aminmax())
+    if low < NO_CLASS or high >= count:
+        raise ArgumentError(f"y must hold classes from 0 to {count - 1}, or {NO_CLASS}, got {low} to {high}")
+
+
 class Conditioning(nn.Module):
     """The embedding (B, width) of the time and, in a conditional network, of the class; it ends in a SiLU.
 
@@ -52,22 +64,21 @@ class Conditioning(nn.Module):
         h = F.silu(self.time_in(features.to(self.time_in.weight.dtype)))
         embedding: Tensor = self.time_out(h)
         if self.classes is not None:
-            labels = self._labels(y, batch)
+            labels = self._labels(y, batch, self.classes.num_embeddings)
             told = (labels != NO_CLASS).to(embedding.dtype)[:, None]
             embedding = embedding + told * self.classes(labels.masked_fill(labels == NO_CLASS, 0))
         elif y is not None:
             raise ArgumentError("y must be None for a network without classes (num_classes=None), got labels")
         return F.silu(embedding)
 
-    def _labels(self, y: Tensor | None, batch: int) -> Tensor:
+    def _labels(self, y: Tensor | None, batch: int, count: int) -> Tensor:
         if y is None:
-            raise ArgumentError(
-                f"y must hold class labels for a network of {self.num_classes} classes, got None"
-            )
+            raise ArgumentError(f"y must hold class labels for a network of {count} classes, got None")
         if y.is_floating_point():
             raise ArgumentError(f"y must hold integer class labels, got {y.dtype}")
         if y.shape != (batch,):
             raise ShapeError(f"y must have shape ({batch},), one label per example, got {tuple(y.shape)}")
+        check_classes(y, count)
         return y.long()
 
 

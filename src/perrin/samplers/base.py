@@ -120,7 +120,11 @@ class Sampler(ABC):
 
     @property
     def convergence_order(self) -> int | None:
-        """The p of an error of the samples that falls as K^-p; None for a rule that is no ODE's or SDE's solver."""
+        """The p of an error of the samples that falls as K^-p; None for a rule that is no ODE's or SDE's solver.
+
+        Of an SDE's solver it is the error of their variance. It holds on the grids "log-snr" and "karras": on one
+        even in time the last steps before the data are long ones in log-SNR, and their error is most of it.
+        """
         return None
 
     @property
@@ -234,7 +238,7 @@ class Sampler(ABC):
 
         Drop each one before the next: what it may hold is memory that the next step then need not find elsewhere.
         """
-        seeded = _Streams(seed, tuple(shape), _device(device, noise, model, self.diffusion))
+        seeded = _Streams(seed, tuple(shape), device_of(device, noise, model, self.diffusion))
         x = seeded.start(noise)
         memory: Memory = ()
         for t, s in _shown(list(pairwise(self.times)), progress):
@@ -296,9 +300,10 @@ def _fresh_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _device(
+def device_of(
     device: torch.device | str | None, noise: Tensor | None, model: Model, diffusion: GaussianDiffusion
 ) -> torch.device | str:
+    """``device`` where one is named, else that of ``noise``, of the model's parameters, or of the diffusion."""
     if device is not None:
         return device
     if noise is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
 
@@ -175,6 +176,13 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
     check_fit(network.state_dict(), state, str(folder / facts.weights))
     network.load_state_dict(state)
     return network.requires_grad_(False).eval().to(device), facts
+
+
+def weights_hash(path: str | Path) -> str:
+    """A short hash of the weights that `load_classifier` finds in ``path``; another path does not change it."""
+    folder = Path(path)
+    weights = folder / _read_facts(folder / FACTS_FILE).weights
+    return blake2b(weights.read_bytes(), digest_size=6).hexdigest()
 
 
 def is_facts(file: Path) -> bool:
