@@ -7,7 +7,7 @@ import torch
 
 from chains import chain, normal
 from perrin import GaussianDiffusion, ModelVarType
-from perrin.errors import ArgumentError, DataError
+from perrin.errors import ArgumentError, DataError, NonFiniteError
 from perrin.evaluation.anomaly import (
     BANDS_WEIGHT,
     LOG_SNRS,
@@ -224,6 +224,20 @@ def test_too_small_a_reference_and_errors_that_are_not_finite_are_refused():
         Typical.fit(found(20, seed=1), found(1, seed=2))
     with pytest.raises(ArgumentError, match="predictions of x_0 must be finite"):
         Typical.fit(found(20, seed=1), found(20, seed=2)).score(found(1, seed=3, shift=math.nan))
+    with pytest.raises(ArgumentError, match="predictions of x_0 must be finite"):
+        Typical.fit(found(20, seed=1, shift=math.nan), found(20, seed=2))
+
+
+def test_examples_off_the_levels_are_refused():
+    diffusion = chain(num_timesteps=4)
+    with pytest.raises(ArgumentError, match="x_start must hold the 256 levels"):
+        errors(diffusion, lambda x, t: x, torch.full((3, 5), 0.001))
+
+
+def test_a_network_that_is_not_finite_is_refused_with_its_timestep():
+    diffusion = chain(num_timesteps=4)
+    with pytest.raises(NonFiniteError, match="the network's output at timestep 2 is not finite"):
+        errors(diffusion, lambda x, t: x if int(t[0]) < 2 else x * math.nan, torch.ones(3, 5))
 
 
 # errors at noise levels

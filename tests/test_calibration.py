@@ -109,7 +109,7 @@ def test_the_bins_hold_all_errors():
 
 
 def test_each_image_has_its_own_labels():
-    diffusion = chain(ModelMeanType.START_X, num_timesteps=3)
+    diffusion = chain(ModelMeanType.START_X, num_timesteps=3, levels=3)
     x = torch.zeros(4, 1, 2, 2)
     y = torch.tensor([0.0, 0.25, 0.5, 0.75])
 
@@ -121,15 +121,19 @@ def test_each_image_has_its_own_labels():
 
 
 def test_what_cannot_be_calibrated_is_refused():
-    diffusion = chain(num_timesteps=3)
+    diffusion = chain(num_timesteps=3, levels=3)
     x = torch.zeros(2, 1, 2, 2)
-    with pytest.raises(ShapeError, match="indices must name 2 images, at least 1, got 3"):
+    with pytest.raises(ShapeError, match="indices must name 2 images, got 3"):
         collect(diffusion, arbitrary(1), x, indices=range(3))
+    with pytest.raises(ShapeError, match=r"x_start must have shape \(B, ...\), got \(0, 1, 2, 2\)"):
+        collect(diffusion, arbitrary(1), x[:0], indices=[])
+    with pytest.raises(ArgumentError, match="x_start must hold the 3 levels"):
+        collect(diffusion, arbitrary(1), x + 0.5, indices=range(2))
     with pytest.raises(ArgumentError, match="predicts epsilon, x_0 or v, got previous-x"):
-        collect(chain(ModelMeanType.PREVIOUS_X, num_timesteps=3), arbitrary(1), x, indices=range(2))
+        collect(chain(ModelMeanType.PREVIOUS_X, num_timesteps=3, levels=3), arbitrary(1), x, indices=range(2))
     with pytest.raises(NonFiniteError, match="output at timestep 0 is not finite"):
         collect(diffusion, lambda x, t: x * math.nan, x, indices=range(2))
-    ranged = chain(var=ModelVarType.LEARNED_RANGE, num_timesteps=3)
+    ranged = chain(var=ModelVarType.LEARNED_RANGE, num_timesteps=3, levels=3)
     with pytest.raises(NonFiniteError, match="output at timestep 0 is not finite"):
         collect(ranged, lambda x, t: torch.cat([x, x * math.nan], 1), x, indices=range(2))
 

@@ -104,6 +104,36 @@ def test_a_share_below_a_level_is_that_of_the_table():
     assert [group(scores, at).p_below_05 for at in (0.04, 0.05)] == [0.6, None]
 
 
+def test_scored_examples_that_were_fitted_are_said(run, tmp_path, capsys):
+    args = ["anomaly", str(run), str(run.parent / "images.npz"), "--reference-size", "30", "--limit", "50"]
+    trained = split(60, 0.3)[0]
+    found = figures_of(args, capsys)["data"]
+    fitted = {int(trained[place * 42 // 30]) for place in range(30)}
+    assert found["fitted"] == len(fitted & set(range(50)))
+    assert found["trained_on"] == int((trained < 50).sum())
+    assert main(args) == 0
+    seen = found["trained_on"], found["fitted"]
+    warning = "the run was trained on {} and the reference fitted to {}: their p-values do not hold"
+    assert warning.format(*seen) in capsys.readouterr().out
+
+
+def test_scored_examples_of_the_reference_were_fitted_though_the_run_may_not_know_them(run, tmp_path, capsys):
+    data = str(image_file(tmp_path, n=30, seed=1))
+    args = ["anomaly", str(run), data, "--reference", data]
+    found = figures_of(args, capsys)["data"]
+    assert (found["fitted"], found["trained_on"]) == (20, None)
+    assert main(args) == 0
+    assert "of these 30 examples the reference fitted to 20: their p-values" in capsys.readouterr().out
+
+
+def test_scored_examples_of_other_data_were_not_fitted(run, tmp_path, capsys):
+    args = ["anomaly", str(run), str(image_file(tmp_path, n=60, seed=1))]
+    found = figures_of(args, capsys)["data"]
+    assert (found["fitted"], found["trained_on"]) == (0, None)
+    assert main(args) == 0
+    assert "do not hold" not in capsys.readouterr().out
+
+
 def test_people_are_told_what_was_compared_and_how(run, tmp_path, capsys):
     assert main(["anomaly", str(run), str(image_file(tmp_path)), "--limit", "5"]) == 0
     output = capsys.readouterr().out
@@ -256,7 +286,7 @@ def test_a_picture_that_is_no_plot_of_scores_is_not_overwritten(run, tmp_path, c
 
 
 def test_what_replaces_earlier_results_by_default_says_so(run, tmp_path, capsys):
-    data, results = str(image_file(tmp_path).rename(tmp_path / "twice.npz")), run / "anomaly-twice"
+    data, results = str(image_file(tmp_path).rename(tmp_path / "twice.npz")), run / "anomaly-first-3-twice"
     args = ["anomaly", str(run), data, "--outside", data, "--limit", "3"]
     lines = [f"replacing {results}.csv", f"replacing {results}-groups.png"]
     told = []

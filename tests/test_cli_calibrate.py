@@ -113,7 +113,8 @@ def test_people_see_the_table_and_that_it_is_for_the_bound(run, capsys):
     assert len(lines[2].split()) == 5
     assert lines[2].startswith("fixed-small  even")
     assert any(re.search(r"steps, \d+ being best on the examples of the fit$", line) for line in lines)
-    assert f"standard errors are in {run / 'calibration.csv'}" in lines
+    states = "learned, per-state, whose variance depends on the state: they have none"
+    assert f"standard errors are in {run / 'calibration.csv'}, but for {states}" in lines
     assert any("optimises the bound, not the looks" in line for line in lines)
     assert any(
         line.endswith("measured on that chain") and "bits/dim with 12 calibrated" in line for line in lines
@@ -161,8 +162,8 @@ def test_the_figures_depend_on_the_seed_and_weights_but_not_on_the_batch_size(ru
     assert not np.allclose(bpd[0], bpd[2], rtol=1e-4)
     assert not np.allclose(bpd[0], bpd[3], rtol=1e-4)
     assert model["weights"] == "model"
-    line = error_of(["likelihood", str(run), "--calibrated"], capsys)
-    assert "is for weights model of step 4, not ema-0.9 of step 4" in line
+    line = error_of(["likelihood", str(run), "--calibrated", "--weights", "ema-0.5"], capsys)
+    assert "is for weights model of step 4, not ema-0.5 of step 4" in line
 
 
 def test_a_calibration_is_set_aside_for_another_one(run, figures, capsys):
@@ -206,6 +207,8 @@ def test_a_single_held_out_example_has_no_error(run, capsys):
     figures = figures_of(["calibrate", str(run), "--limit", "1"], capsys)
     assert [found["bpd_se"] for found in figures["measured"]] == [None] * len(figures["measured"])
     assert row(figures, "calibrated", "DP", 8)["bpd_se"] is None
+    assert main(["calibrate", str(run), "--limit", "1"]) == 0
+    assert "a single example has no standard errors" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,18 @@ def test_a_calibrated_chain_against_the_run_as_it_is(tmp_path, capsys):
     assert "is not calibrated" in error_of(["compare", str(run), str(run), "--calibrated-b"], capsys)
 
 
+def test_two_weights_have_a_calibration_each(tmp_path, capsys):
+    run = train(image_file(tmp_path), tmp_path / "run", *TINY, "--held-out", "0.3")
+    for weights in ("ema-0.9", "model"):
+        assert main(["calibrate", str(run), "--weights", weights, "--images", "4"]) == 0
+    both = "--calibrated-a", "--calibrated-b", "--steps-a", "3", "--steps-b", "3"
+    figures = compared(run, run, capsys, "--weights-b", "model", *both)
+    assert [figures[side]["weights"] for side in "ab"] == ["ema-0.9", "model"]
+    assert figures["a"]["bpd"] != figures["b"]["bpd"]
+    line = error_of(["compare", str(run), str(run), "--weights-b", "ema-0.5", "--calibrated-b"], capsys)
+    assert "is for weights model of step 4, not ema-0.5 of step 4: calibrate again" in line
+
+
 # Which data
 
 

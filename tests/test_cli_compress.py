@@ -101,6 +101,17 @@ def test_a_folder_of_images_keeps_its_names_and_classes(run, tmp_path, capsys):
         assert archive["labels"].tolist() == [0, 1, 2]
 
 
+def test_a_folder_of_images_that_came_back_as_a_file_fits_its_run(tmp_path, capsys):
+    data = pictures(tmp_path / "photos", count=9)
+    run = train(data, tmp_path / "run", *TINY, "--conditional")
+    file, back = str(tmp_path / "p.perrin"), str(tmp_path / "p.npz")
+    figures_of(["compress", str(run), str(data), "--out", file, "--steps", "2"], capsys)
+    figures_of(["decompress", str(run), file, "--out", back], capsys)
+    own, restored = (figures_of(["likelihood", str(run), str(one)], capsys) for one in (data, back))
+    assert restored["bpd"] == own["bpd"]
+    assert restored["trained_on"] == own["trained_on"] == 8
+
+
 def test_arrays_can_become_numbered_pictures_in_an_empty_folder(run, file, tmp_path, capsys):
     (tmp_path / "all").mkdir()
     figures_of(["decompress", str(run), str(file), "--out", str(tmp_path / "all")], capsys)
@@ -150,6 +161,17 @@ def test_vectors_of_levels_come_back(tmp_path, capsys, monkeypatch):
     assert "PNG files keep images of 256 levels, or of 65536 and one channel" in message
     figures_of(["decompress", str(run), "vectors.perrin", "--out", "back.npz"], capsys)
     np.testing.assert_array_equal(load("back.npz").values, values)
+
+
+def test_low_values_of_many_levels_come_back(tmp_path, capsys):
+    values = np.arange(60).reshape(20, 3)
+    np.save(tmp_path / "wide.npy", values * 16)
+    np.save(tmp_path / "low.npy", values)
+    run = train(tmp_path / "wide.npy", tmp_path / "run", *TINY_MLP, "--levels", "1000")
+    file, back = str(tmp_path / "x.perrin"), str(tmp_path / "back.npy")
+    figures_of(["compress", str(run), str(tmp_path / "low.npy"), "--out", file, "--steps", "2"], capsys)
+    assert figures_of(["decompress", str(run), file, "--out", back], capsys)["dtype"] == "uint16"
+    np.testing.assert_array_equal(np.load(back), values)
 
 
 def test_another_run_is_refused(run, file, tmp_path, capsys):

@@ -28,5 +28,10 @@ def test_json_gets_null_for_what_is_not_finite(value):
 
 
 def test_json_gets_everything_else_as_it_is():
-    figures = {"bpd": 1.5, "n": 3, "table": "x.csv", "curve": [math.nan], "better": None}
+    figures = {"bpd": 1.5, "n": 3, "table": "x.csv", "curve": [2.5, True], "better": None}
     assert plain(figures) == figures
+
+
+def test_json_gets_null_however_deep_the_number_lies():
+    figures = {"a": {"bpd": math.nan}, "curve": [(math.inf, 1.0), {"se": math.nan}]}
+    assert plain(figures) == {"a": {"bpd": None}, "curve": [[None, 1.0], {"se": None}]}

@@ -114,6 +114,24 @@ def test_a_part_that_is_drawn_once_has_no_known_error(run, tmp_path, capsys):
     assert "the Monte-Carlo part is unknown (--decoder-draws 2 tells it)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--terms", "1"], " (--terms 2 tells it)"),
+        (["--terms", "1", "--decoder-draws", "1"], " (--terms 2 --decoder-draws 2 tells it)"),
+        (["--steps", "2"], ""),
+    ],
+)
+def test_what_would_tell_the_monte_carlo_part_is_said_where_it_is_not_known(
+    run, flags, remedy, tmp_path, capsys
+):
+    assert main(["likelihood", str(run), "--out", str(tmp_path / "table.csv"), *flags]) == 0
+    assert f"the Monte-Carlo part is unknown{remedy})" in capsys.readouterr().out
+    if remedy:
+        told = remedy.removeprefix(" (").removesuffix(" tells it)").split()
+        assert measured(run, tmp_path, capsys, *told)[0]["bpd_mc_se"] > 0
+
+
 @pytest.mark.parametrize("flags", [[], ["--exact"]])
 def test_the_rows_do_not_depend_on_batch_size_or_limit_but_on_the_seed(long_run, tmp_path, flags, capsys):
     names = "one", "many", "few", "seed"
@@ -148,6 +166,20 @@ def test_other_data_are_measured_in_their_order(run, tmp_path, capsys):
     figures, out = measured(run, tmp_path, capsys, str(data), "--limit", "5")
     assert figures["n"] == 5
     assert [row["index"] for row in table(out)] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--ode", "--ode-steps", "2"]])
+def test_examples_that_the_run_was_trained_on_are_said(run, flags, tmp_path, capsys):
+    data = str(run.parent / "images.npz")
+    figures, out = measured(run, tmp_path, capsys, data, *flags)
+    assert figures["trained_on"] == 14
+    assert main(["likelihood", str(run), data, "--out", str(out), *flags]) == 0
+    assert "the run was trained on 14 of these 20 examples, which flatters it" in capsys.readouterr().out
+    assert measured(run, tmp_path, capsys, *flags)[0]["trained_on"] == 0
+    other = str(image_file(tmp_path, n=4, seed=1))
+    assert measured(run, tmp_path, capsys, other, *flags)[0]["trained_on"] is None
+    assert main(["likelihood", str(run), other, "--out", str(out), *flags]) == 0
+    assert "trained on" not in capsys.readouterr().out
 
 
 def test_a_single_example_has_the_monte_carlo_error_alone(run, tmp_path, capsys):

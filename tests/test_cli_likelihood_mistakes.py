@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cli_helpers import error_of, image_file, vector_file
+from cli_helpers import TINY_MLP, error_of, image_file, measured, train, vector_file
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,43 @@ def _floats(folder):
 def _colour(folder):
     np.savez(folder / "colour.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
     return folder / "colour.npz"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A run of vectors of 1,000 levels in a file of int64."""
+    folder = tmp_path_factory.mktemp("wide")
+    np.save(folder / "wide.npy", np.arange(60).reshape(20, 3) * 16)
+    return train(folder / "wide.npy", folder / "run", *TINY_MLP, "--levels", "1000")
+
+
+def _low(folder, dtype):
+    path = folder / "low.npy"
+    np.save(path, np.arange(60).reshape(20, 3).astype(dtype))
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32])
+def test_wide_integers_that_happen_to_be_low_have_the_levels_of_the_run(wide, dtype, tmp_path, capsys):
+    assert measured(wide, tmp_path, capsys, _low(tmp_path, dtype))[0]["levels"] == 1000
+
+
+def test_narrow_integers_have_levels_of_their_own(wide, tmp_path, capsys):
+    line = error_of(["likelihood", str(wide), _low(tmp_path, np.uint8)], capsys)
+    assert line.endswith("levels must be 1000, got 256")
+
+
+def test_wide_integers_beyond_the_levels_of_the_run_are_refused(vectors_of_levels, tmp_path, capsys):
+    np.save(tmp_path / "high.npy", np.full((4, 3), 17))
+    line = error_of(["likelihood", str(vectors_of_levels), str(tmp_path / "high.npy")], capsys)
+    assert line.endswith("values must lie in 0..16 for 17 levels, the largest is 17")
+
+
+@pytest.fixture(scope="module")
+def vectors_of_levels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("levels")
+    np.save(folder / "few.npy", np.arange(60, dtype=np.uint8).reshape(20, 3) % 17)
+    return train(folder / "few.npy", folder / "run", *TINY_MLP, "--levels", "17")
 
 
 def _bits(folder):

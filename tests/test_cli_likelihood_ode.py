@@ -5,6 +5,7 @@ import pytest
 
 from cli_helpers import TINY_MLP, column, error_of, measured, train, vector_file
 from perrin.cli.main import main
+from perrin.cli.progress import Bar
 
 ODE = ("--ode", "--ode-steps", "6")
 
@@ -103,3 +104,49 @@ def test_the_exact_trace_of_many_dimensions_is_refused(tmp_path, capsys):
     run = train(tmp_path / "wide.npy", tmp_path / "run", *TINY_MLP)
     line = error_of(["likelihood", str(run), "--ode", "--exact-trace"], capsys)
     assert line == "--exact-trace is for at most 1024 dimensions, the data have 1025"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run whose network knows whole timesteps only."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(vector_file(folder), folder / "run", *TINY_MLP, "--mean-type", "previous-x")
+
+
+def test_a_network_of_whole_timesteps_is_measured_at_all_of_them(whole, tmp_path, capsys):
+    figures, _ = measured(whole, tmp_path, capsys, "--ode")
+    assert figures["solver"] == "heun at the run's own timesteps"
+    assert figures["network_calls"] == 2 * 11 + 1
+
+
+@pytest.mark.parametrize("flags", [["--ode-steps", "6"], ["--solver", "adaptive"]])
+def test_a_network_of_whole_timesteps_is_refused_others_before_measuring(whole, flags, capsys):
+    line = error_of(["likelihood", str(whole), "--ode", *flags], capsys)
+    assert line.endswith(f"knows whole timesteps only: expected heun at all of them, got {' '.join(flags)}")
+    assert not (whole / "likelihood-ode.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "total", "parts"),
+    [
+        (["--ode-steps", "6", "--draws", "2"], 6 * 2 * 13, 2 * 2 * 13),
+        (["--solver", "adaptive", "--tolerance", "0.1"], 6, 2),
+    ],
+)
+def test_the_bar_moves_with_every_call_of_heun(run, flags, total, parts, tmp_path, monkeypatch):
+    bars = []
+
+    class Seen(Bar):
+        def __init__(self, label, total):
+            super().__init__(label, total)
+            self.total, self.advances = total, []
+            bars.append(self)
+
+        def advance(self, amount=1.0):
+            self.advances.append(amount)
+
+    monkeypatch.setattr("perrin.cli.progress.Bar", Seen)
+    out = str(tmp_path / "table.csv")
+    assert main(["likelihood", str(run), "--ode", "--batch-size", "3", "--out", out, *flags]) == 0
+    (bar,) = bars
+    assert (bar.total, sum(bar.advances), len(bar.advances)) == (total, total, parts)

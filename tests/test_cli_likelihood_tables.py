@@ -47,19 +47,23 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(run, tmp_path, capsy
         (["--calibrated"], "likelihood-calibrated"),
         (["--calibrated", "--steps", "3"], "likelihood-calibrated-3-steps"),
         (["--ode", "--ode-steps", "2"], "likelihood-ode"),
+        (["--weights", "ema-0.5"], "likelihood-ema-0.5"),
+        (["--checkpoint", "4"], "likelihood-step-4"),
+        (["--limit", "1"], "likelihood-first-1"),
+        (["--steps", "3", "--weights", "model", "--limit", "1"], "likelihood-3-steps-model-first-1"),
     ],
 )
 def test_the_table_is_named_after_what_is_measured(run, flags, name, tmp_path, capsys):
     data = image_file(tmp_path, n=2)
     with calibrate(run):
         for extra, end in ([], ""), ([str(data)], "-images"):
-            figures = figures_of(["likelihood", str(run), *extra, *flags, "--limit", "1"], capsys)
+            figures = figures_of(["likelihood", str(run), *extra, *flags], capsys)
             assert figures["table"] == str(run / f"{name}{end}.csv")
-            assert len(table(run / f"{name}{end}.csv")) == 1
+            assert len(table(run / f"{name}{end}.csv")) == figures["n"]
 
 
 def test_replacing_a_table_that_was_not_named_is_said(run, tmp_path, capsys):
-    command, target = ["likelihood", str(run), "--limit", "1", "--steps", "2"], run / "likelihood-2-steps.csv"
+    command, target = ["likelihood", str(run), "--steps", "2"], run / "likelihood-2-steps.csv"
     said = f"replacing {target}"
     for command_again, expected in (
         (command, False),
@@ -68,6 +72,16 @@ def test_replacing_a_table_that_was_not_named_is_said(run, tmp_path, capsys):
     ):
         assert main(command_again) == 0
         assert (said in capsys.readouterr().err.splitlines()) is expected
+
+
+def test_replacing_a_curve_that_was_not_named_is_said(run, capsys):
+    command = ["likelihood", str(run), "--per-timestep", "--steps", "4", "--weights", "ema-0.5"]
+    ends = ".csv", "-timesteps.csv", "-timesteps.png"
+    said = [f"replacing {run}/likelihood-4-steps-ema-0.5{end}" for end in ends]
+    for expected in ([], said):
+        assert main(command) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("replacing")] == expected
 
 
 def test_other_data_have_a_table_of_their_own(run, tmp_path, capsys):

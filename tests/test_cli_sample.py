@@ -295,6 +295,21 @@ def test_a_calibrated_chain_has_a_folder_and_settings_of_its_own(run, tmp_path, 
         assert "holds pictures of calibration" in error_of(command, capsys)
 
 
+def test_calibrating_other_weights_leaves_the_samples_of_these(run, tmp_path, capsys):
+    command = ["sample", str(run), "-n", "1", "--calibrated", "--out", str(tmp_path / "x")]
+    with calibrate(run, log_variance=-2.5):
+        first = figures_of(command, capsys)
+        aside, newest = run / "calibration-aside.json", run / "calibration.json"
+        aside.write_bytes(newest.read_bytes())
+        newest.write_text(newest.read_text().replace('"ema-0.9"', '"model"'))
+        try:
+            again = figures_of(command, capsys)
+        finally:
+            aside.unlink()
+    assert again["kept"] == 1
+    assert again["calibration"] == first["calibration"]
+
+
 def test_samples_from_before_calibrations_can_be_gone_on_with(run, tmp_path, capsys):
     sample(run, tmp_path / "x", "-n", "1")
     record = tmp_path / "x" / "settings.json"

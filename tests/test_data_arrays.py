@@ -137,6 +137,29 @@ def test_npz_keys(tmp_path, key, labels):
         assert dataset.facts.class_names == ("0", "1", "2")
 
 
+def test_npz_names_of_examples_and_classes(tmp_path):
+    words = {"names": ["a/1.png", "b/2.png", "b/3.png"], "class_names": ["a", "b", "c"]}
+    np.savez(tmp_path / "x.npz", pixels=np.zeros((3, 8, 8), np.uint8), labels=[0, 1, 1], **words)
+    dataset = load(tmp_path / "x.npz")
+    assert list(dataset.names) == words["names"]
+    assert dataset.facts.class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"names": ["a", "b"]}, r"names must be 3 strings, got <U1 of shape \(2,\)"),
+        ({"names": [1, 2, 3]}, r"names must be 3 strings, got int64 of shape \(3,\)"),
+        ({"names": "abc"}, r"names must be 3 strings, got <U3 of shape \(\)"),
+        ({"class_names": ["a"]}, r"class_names must be at least 2 strings, got <U1 of shape \(1,\)"),
+    ],
+)
+def test_npz_words_that_do_not_fit_are_refused(tmp_path, words, message):
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8), np.uint8), labels=[0, 1, 1], **words)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

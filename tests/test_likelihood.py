@@ -2,13 +2,14 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from perrin import GaussianDiffusion, ModelMeanType, ModelVarType, get_named_beta_schedule
-from perrin.errors import ArgumentError, ShapeError
+from perrin.errors import ArgumentError, NonFiniteError, ShapeError
 from perrin.likelihood import bound, mean_and_error, term_probabilities
 from perrin.oracles import GaussianData, Oracle, arbitrary
 
@@ -44,9 +45,10 @@ def ideal(total: int) -> tuple[GaussianDiffusion, Oracle]:
     )
 
 
-def images(n: int = 6) -> Tensor:
-    """(n, 2, 3) on the 256 levels."""
-    return torch.randint(256, (n, 2, 3), generator=torch.Generator().manual_seed(7)).double() / 127.5 - 1
+def images(n: int = 6, levels: int = 256) -> Tensor:
+    """(n, 2, 3) on the levels."""
+    index = torch.randint(levels, (n, 2, 3), generator=torch.Generator().manual_seed(7))
+    return 2 * index.double() / (levels - 1) - 1
 
 
 # Every term
@@ -58,7 +60,7 @@ def images(n: int = 6) -> Tensor:
 def test_the_bound_is_that_of_calc_bpd_loop_at_the_same_noise(
     var_type: ModelVarType, levels: int | None, clip: bool
 ) -> None:
-    diffusion, x = chain(var_type, levels=levels), images()
+    diffusion, x = chain(var_type, levels=levels), images(levels=levels or 256)
     network, seen = arbitrary(diffusion.output_channels(1)), defaultdict(list)
 
     def recorder(x_t: Tensor, t: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ def test_the_noise_is_standard_normal_and_other_at_each_time() -> None:
         seen.append(x / sigma[t].reshape(-1, 1))
         return x
 
-    bound(chain(), network, torch.zeros(50, 200), indices=range(50))
+    bound(chain(levels=3), network, torch.zeros(50, 200), indices=range(50))
     noise = torch.cat(seen).reshape(T, 50, 200)
     assert float(noise.mean()) == pytest.approx(0, abs=0.015)
     assert float(noise.var()) == pytest.approx(1, abs=0.02)
@@ -353,3 +355,38 @@ def test_another_number_of_probabilities_is_refused() -> None:
 def test_no_decoder_draw_is_refused() -> None:
     with pytest.raises(ArgumentError, match="decoder_draws must be at least 1, got 0"):
         bound(chain(), arbitrary(1), images(), indices=range(6), decoder_draws=0)
+
+
+def broken(x_t: Tensor, t: Tensor) -> Tensor:
+    """A network that gives NaN from timestep 3 on."""
+    return torch.where((t < 3).reshape(-1, 1, 1), x_t, math.nan)
+
+
+@pytest.mark.parametrize("measure", [bound, term_probabilities])
+def test_a_term_that_is_not_finite_is_refused_with_its_timestep(measure: Callable[..., object]) -> None:
+    named = {"indices": range(6)} if measure is bound else {}
+    with pytest.raises(NonFiniteError, match="the bound's term at timestep 3 is not finite"):
+        measure(chain(), broken, images(), **named)
+
+
+OFF = torch.full((6, 2, 3), 0.001)
+REFUSED = [
+    (OFF, 256, "x_start must hold the 256 levels 2 k / 255 - 1, got other values"),
+    (torch.full((6, 2, 3), 1 + 2 / 255), 256, "x_start must hold the 256 levels"),
+    (torch.full((6, 2, 3), math.nan), None, "x_start must be finite, got NaN or infinity"),
+    (torch.zeros(0, 2, 3), 256, r"x_start must have shape \(B, ...\), got \(0, 2, 3\)"),
+]
+
+
+@pytest.mark.parametrize("measure", [bound, term_probabilities])
+@pytest.mark.parametrize(("x", "levels", "message"), REFUSED)
+def test_data_that_cannot_be_measured_are_refused(
+    measure: Callable[..., object], x: Tensor, levels: int | None, message: str
+) -> None:
+    named = {"indices": range(len(x))} if measure is bound else {}
+    with pytest.raises((ArgumentError, ShapeError), match=message):
+        measure(chain(levels=levels), arbitrary(1), x, **named)
+
+
+def test_continuous_data_lie_anywhere() -> None:
+    assert bool(bound(chain(levels=None), arbitrary(1), 2 + OFF, indices=range(6)).total.isfinite().all())

@@ -28,7 +28,7 @@ def test_a_band_holds_the_terms_of_its_log_snr() -> None:
     diffusion = GaussianDiffusion(betas=log_snr_linear_betas(200, 9.0, -7.0), levels=17)
     bands, found = (
         NoiseBands.of(diffusion),
-        bound(diffusion, arbitrary(1), images(), indices=range(6)),
+        bound(diffusion, arbitrary(1), images(levels=17), indices=range(6)),
     )
     assert bands.names == (
         "log-SNR 8 to 10",
@@ -144,9 +144,9 @@ def test_no_gradient_is_kept_and_data_is_not_modified() -> None:
 
 
 def test_half_precision_data_is_noised_in_float32() -> None:
-    x = torch.linspace(-1, 1, 12).reshape(2, 6).bfloat16()
-    half = bound(chain(), arbitrary(1), x, indices=range(2))
-    assert torch.equal(half.total, bound(chain(), arbitrary(1), x.float(), indices=range(2)).total)
+    x = images(levels=17).bfloat16()
+    half, single = (bound(chain(levels=17), arbitrary(1), v, indices=range(6)) for v in (x, x.float()))
+    assert torch.equal(half.total, single.total)
 
 
 @pytest.mark.parametrize("terms", [0, -1, T])

@@ -1,6 +1,7 @@
 """The run folder: atomic writes, damage that is named, and folders that are no runs."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,17 @@ def test_a_calibration_is_kept_before_another_takes_its_place(folder: RunFolder)
     assert folder.calibrations() == [folder.calibration_path, kept]
     folder.calibration_path.unlink()
     assert folder.calibrations() == [kept]
+
+
+def test_calibrations_are_listed_newest_first(folder: RunFolder) -> None:
+    kept = []
+    for age, (content, successor) in enumerate([("one", "two"), ("two", "three"), ("three", "four")]):
+        folder.calibration_path.write_text(content)
+        path = folder.keep_calibration(successor)
+        assert path is not None
+        os.utime(path, (age, age))
+        kept.append(path)
+    assert folder.calibrations() == [folder.calibration_path, *reversed(kept)]
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoints(

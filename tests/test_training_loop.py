@@ -259,8 +259,8 @@ def test_bf16_training_keeps_float32_weights(tmp_path: Path) -> None:
 
 
 def test_vectors_are_trained_without_a_grid(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(size=(30, 2)).clip(-1, 1).astype(np.float32)
-    data = Dataset(values, None, [str(i) for i in range(30)], Facts((2,), None, None, 30))
+    values = np.random.default_rng(0).integers(0, 17, (30, 2), np.uint8)
+    data = Dataset(values, None, [str(i) for i in range(30)], Facts((2,), 17, None, 30))
     trial = Trial(tmp_path, config(), data, MLP(2, width=8, depth=1, learn_sigma=True))
     final = trial.session()
     assert final.grid is None

@@ -17,7 +17,7 @@ from perrin.diffusion import GaussianDiffusion
 from perrin.errors import ConfigError, DataError, RunError
 from perrin.likelihood.calibration import Calibration
 from perrin.losses import LossType
-from perrin.networks import MLP, LevelPosterior, UNet
+from perrin.networks import MLP, NO_CLASS, LevelPosterior, UNet
 from perrin.networks.posterior import CHAIN_TABLES, LEVEL_INPUTS
 from perrin.parameterization import ModelMeanType
 from perrin.presets import resolved
@@ -259,26 +259,33 @@ def run_chain(run: Run, *, steps: int | None = None, calibrated: bool = False) -
 
 
 def run_calibration(run: Run, path: Path | None = None) -> Calibration:
-    """What `perrin calibrate` found for the run: the latest, or one of `RunFolder.calibrations`.
+    """What `perrin calibrate` found for the run's weights: the newest of its calibrations, or that at ``path``.
 
-    Raises `RunError` where it did not, or for other weights.
+    Raises `RunError` where there is none, or none for these weights.
     """
-    path = path or run.folder.calibration_path
-    if not path.exists():
+    return Calibration.read(calibration_file(run, path))
+
+
+def calibration_file(run: Run, path: Path | None = None) -> Path:
+    """Where `run_calibration` finds it; raises likewise."""
+    others: list[str] = []
+    for place in run.folder.calibrations() if path is None else [path]:
+        found = Calibration.read(place)
+        if (found.weights, found.step) == (run.weights, run.step):
+            return place
+        others.append(f"{place} is for weights {found.weights} of step {found.step}")
+    if not others:
         raise RunError(f"{run.folder.path} is not calibrated: `perrin calibrate {run.folder.path}` does it")
-    found = Calibration.read(path)
-    if (found.weights, found.step) != (run.weights, run.step):
-        raise RunError(
-            f"{path} is for weights {found.weights} of step {found.step}, not {run.weights} of step {run.step}: "
-            f"calibrate again"
-        )
-    return found
+    raise RunError(f"{others[0]}, not {run.weights} of step {run.step}: calibrate again")
 
 
-def run_data(run: Run, path: str | Path | None = None, *, labelled: bool = True) -> Dataset:
+def run_data(
+    run: Run, path: str | Path | None = None, *, labelled: bool = True, withheld: bool = False
+) -> Dataset:
     """The data set at ``path``, or what the run was trained on.
 
-    Raises `DataError` where its shape or levels do not fit the run, or, if it is to be ``labelled``, its classes.
+    Raises `DataError` where its shape or levels do not fit the run, or, if it is to be ``labelled``, its classes:
+    none are needed if they may be ``withheld`` and the run was trained with ``label_drop``; see `told_classes`.
     """
     config, facts = run.folder.config, run.folder.facts
     source = config.data.path if path is None else str(path)
@@ -286,10 +293,12 @@ def run_data(run: Run, path: str | Path | None = None, *, labelled: bool = True)
     stated = config.data.levels if path is None else None
     dataset = load(source, levels=stated, cache=_cache_folder())
     _check_facts(facts, dataset.facts, problem, "shape")
-    if facts.levels is not None and dataset.facts.levels is not None and dataset.facts.levels > facts.levels:
-        dataset = load(source, levels=facts.levels)  # refused where a value says otherwise
+    found, known = dataset.facts.levels, facts.levels
+    if found and known and (found > known or (found < known and dataset.guessed)):
+        dataset = load(source, levels=known)  # refused where a value says otherwise
     _check_facts(facts, dataset.facts, problem, "levels", *(("count", "fingerprint") if path is None else ()))
-    if config.data.conditional and labelled:
+    withheld = withheld and config.training.label_drop > 0 and dataset.facts.class_names is None
+    if config.data.conditional and labelled and not withheld:
         _check_classes(source, dataset, _class_names(facts))
     return dataset
 
@@ -309,6 +318,13 @@ def class_numbers(run: Run, dataset: Dataset, labels: Tensor | None) -> Tensor |
     known = _class_names(run.folder.facts)
     table = [known.index(name) for name in _class_names(dataset.facts)]
     return torch.tensor(table, device=labels.device)[labels]
+
+
+def told_classes(run: Run, dataset: Dataset, labels: Tensor | None, count: int) -> Tensor | None:
+    """What the network is told of ``count`` examples: their `class_numbers`, or `NO_CLASS` without ``labels``."""
+    if run.folder.config.data.conditional and labels is None:
+        return torch.full((count,), NO_CLASS, device=run.device)
+    return class_numbers(run, dataset, labels)
 
 
 def _check_facts(expected: Facts, found: Facts, problem: str, *names: str) -> None:

@@ -26,4 +26,4 @@ class RunError(PerrinError):
 
 
 class NonFiniteError(PerrinError):
-    """Training met a loss or a gradient that is not finite."""
+    """A loss, a gradient or the output of a network that is not finite."""

@@ -12,7 +12,7 @@ import tyro
 
 from perrin.cli.console import DeviceName, examples, many, note, report, with_error
 from perrin.cli.flags import check_at_least, parse
-from perrin.cli.measure import Calls, Subject, batches, finite
+from perrin.cli.measure import Calls, Subject, batches, finite, marks, replacing, told_alike, trained_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,8 @@ class Options:
     checkpoint: int | None = None
     """Step of the checkpoint; by default the newest."""
     out: Path | None = None
-    """Table to write, .csv or .parquet; by default anomaly-DATA.csv in the run's folder."""
+    """Table to write, .csv or .parquet; by default anomaly-DATA.csv in the run's folder, or
+    anomaly-model-step-400-first-10-DATA.csv for --weights, --checkpoint and --limit."""
     device: DeviceName = "auto"
     """Where to compute."""
     json: bool = False
@@ -80,6 +81,10 @@ class Group:
     """A rough, biased estimate of the bound, bits per dimension."""
     rough_bpd_se: float | None
     """Its standard error over the examples, all with the same noise; None for one."""
+    fitted: int
+    """How many of the examples the density was fitted to as well: their p-values do not hold."""
+    trained_on: int | None
+    """How many the run was trained on, whose p-values do not hold either; None where its data are others."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ class Outputs(NamedTuple):
     @classmethod
     def of(cls, options: Options, folder: Path) -> Outputs:
         """As ``options`` say, by default in the run's ``folder``."""
-        table = options.out or folder / f"anomaly-{Path(options.data).stem}.csv"
+        kind = marks(options.weights, options.checkpoint, options.limit)
+        table = options.out or folder / f"anomaly{kind}-{Path(options.data).stem}.csv"
         return cls(table, table.with_name(f"{table.stem}-groups.png") if options.outside else None)
 
     def claim(self, *, told: bool) -> None:
@@ -156,9 +162,8 @@ class Outputs(NamedTuple):
         claim_table(self.table, LEADING)
         if self.plot:
             check_replaceable(self.plot, is_plot)
-        for path in self:
-            if path and path.exists() and not told:
-                note(f"replacing {path}")
+        if not told:
+            replacing(self)
 
 
 def run(args: Sequence[str]) -> None:
@@ -172,6 +177,7 @@ def run(args: Sequence[str]) -> None:
         _part(model, name, options.limit) for name in (options.data, options.outside) if name is not None
     ]
     fitted, ranked = reference(model, options.reference, options.reference_size)
+    *parts, fitted, ranked = parts_told_alike([*parts, fitted, ranked])
     outputs = Outputs.of(options, model.run.folder.path)
     outputs.claim(told=options.out is not None)
     counts = [len(part.indices) for part in parts]
@@ -190,10 +196,14 @@ def check(options: Options) -> None:
 
 
 def _part(model: Subject, name: str, limit: int | None) -> Part:
-    from perrin.build import run_data
-
-    dataset = run_data(model.run, name)
+    dataset = model.data(name)
     return Part(name, dataset, list(range(len(dataset)))[:limit])
+
+
+def parts_told_alike(parts: Sequence[Part]) -> list[Part]:
+    """The ``parts``, all without their classes if one has none: see `told_alike`."""
+    datasets = told_alike([part.dataset for part in parts])
+    return [part._replace(dataset=dataset) for part, dataset in zip(parts, datasets, strict=True)]
 
 
 def reference(model: Subject, name: str | None, size: int) -> tuple[Part, Part]:
@@ -201,11 +211,10 @@ def reference(model: Subject, name: str | None, size: int) -> tuple[Part, Part]:
 
     By default what the run was trained on and what it held out; of ``name``, a random two thirds and the rest.
     """
-    from perrin.build import run_data
     from perrin.data import split, spread
 
     config = model.run.folder.config.data
-    dataset = run_data(model.run, name)
+    dataset = model.data(name)
     halves = split(len(dataset), config.held_out if name is None else RANKED_SHARE)
     fitted, ranked = (
         Part(name or config.path, dataset, spread([int(i) for i in half], most))
@@ -231,9 +240,11 @@ def measure(
     log_snrs = [model.chain.level_of_batch(t).log_snr for t in times]
     _write(outputs, found, band_names(times, log_snrs))
     smallest, two = 1 / (1 + len(ranked.indices)), len(found) == 2
+    seen = [(shared(p, fitted), trained_on(model.run, p.dataset, p.indices)) for p in parts]
+    groups = [group(f, smallest, *counts) for f, counts in zip(found, seen, strict=True)]
     return Figures(
-        data=group(found[0], smallest),
-        outside=group(found[1], smallest) if two else None,
+        data=groups[0],
+        outside=groups[1] if two else None,
         auroc=auroc(*(f.score for f in found)) if two else None,
         auroc_rough_bpd=auroc(*(f.rough_bpd for f in found)) if two else None,
         reference=fitted.name,
@@ -301,8 +312,11 @@ def _write(outputs: Outputs, found: Sequence[Scores], names: Sequence[str]) -> N
     )
 
 
-def group(scores: Scores, smallest: float) -> Group:
-    """The figures of one data set, none of whose p-values can be less than ``smallest``."""
+def group(scores: Scores, smallest: float, fitted: int = 0, trained: int | None = None) -> Group:
+    """The figures of one data set, none of whose p-values can be less than ``smallest``.
+
+    ``fitted`` and ``trained`` are how many of its examples the reference was fitted to, and the run trained on.
+    """
     from perrin.likelihood.bound import mean_and_error
 
     shares = [
@@ -318,15 +332,25 @@ def group(scores: Scores, smallest: float) -> Group:
         p_below_05=shares[1],
         rough_bpd_mean=mean,
         rough_bpd_se=finite(error),
+        fitted=fitted,
+        trained_on=trained,
     )
+
+
+def shared(part: Part, fitted: Part) -> int:
+    """How many examples of ``part`` are among those ``fitted``, as far as both are known to be of the same data."""
+    mark = part.dataset.facts.fingerprint
+    same = mark and mark == fitted.dataset.facts.fingerprint
+    return len(set(part.indices) & set(fitted.indices)) if same else 0
 
 
 def describe(figures: Figures) -> list[str]:
     """The figures for people."""
-    lines = [_line(figures.data)]
+    lines = [_line(figures.data), *_seen(figures.data)]
     if figures.outside and figures.auroc and figures.auroc_rough_bpd:
         lines += [
             _line(figures.outside),
+            *_seen(figures.outside),
             f"AUROC {_area(figures.auroc)} of the score; {_area(figures.auroc_rough_bpd)} of the rough bound "
             "(95% bootstrap intervals)",
             f"histograms: {figures.plot}",
@@ -351,6 +375,13 @@ def _line(found: Group) -> str:
         f"{_share(found.p_below_01)}, p < 0.05 for {_share(found.p_below_05)}, rough bound "
         f"{with_error(found.rough_bpd_mean, found.rough_bpd_se)}"
     )
+
+
+def _seen(found: Group) -> list[str]:
+    """A warning where the reference was fitted to scored examples, or the run trained on them."""
+    counts = {"the run was trained on": found.trained_on, "the reference fitted to": found.fitted}
+    seen = " and ".join(f"{what} {count}" for what, count in counts.items() if count)
+    return [f"  of these {examples(found.n)} {seen}: their p-values do not hold"] if seen else []
 
 
 def _share(share: float | None) -> str:

@@ -18,8 +18,11 @@ from perrin.cli.measure import (
     bound_of,
     calls_per_example,
     finite,
+    flattered_text,
+    given_class_text,
     mean_with_errors,
     pilot,
+    trained_on,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +108,10 @@ class Figures(Means):
     decoder_draws: int
     seed: int
     levels: int | None
+    conditional: bool
+    """Whether the network was told the class of each example."""
+    trained_on: int | None
+    """How many of the examples it was trained on; None where that is not known: its data are others."""
     clip_denoised: bool
     weights: str
     step: int
@@ -144,6 +151,8 @@ def measure(
         decoder_draws=effort.decoder_draws,
         seed=effort.seed,
         levels=dataset.facts.levels,
+        conditional=model.conditional(dataset),
+        trained_on=trained_on(model.run, dataset, indices[: len(rows)]),
         clip_denoised=effort.clip,
         weights=model.run.weights,
         step=model.run.step,
@@ -272,16 +281,27 @@ def describe(figures: Figures) -> list[str]:
     found = figures.bpd, figures.bpd_se, figures.bpd_mc_se
     kl = "all" if figures.terms is None else "estimated from"
     draws = figures.network_calls - figures.decoder_draws
+    flattered = flattered_text("the run", figures.trained_on, figures.n)
     return [
-        measured_text(*found, count=figures.n, remedy="--decoder-draws 2"),
+        measured_text(*found, count=figures.n, remedy=_remedy(figures)),
+        *([flattered] if flattered else []),
         *_band_lines(figures),
-        f"variational bound, {figures.chain}; {data_text(figures.levels)}, {clip_text(figures.clip_denoised)}",
+        f"variational bound{given_class_text(figures.conditional)}, {figures.chain}; {data_text(figures.levels)}, "
+        f"{clip_text(figures.clip_denoised)}",
         f"weights {figures.weights} of step {figures.step}; seed {figures.seed}; {figures.seconds:.1f} s",
         f"{figures.network_calls} network calls per example: {kl} {draws} KL terms, {figures.decoder_draws} decoder "
         f"draws; {figures.network_calls_total} in all",
         f"one row per example: {figures.table}",
         *([f"by timestep: {', '.join(figures.curve)}"] if figures.curve else []),
     ]
+
+
+def _remedy(figures: Figures) -> str | None:
+    """The flags that tell the Monte-Carlo error; None for a chain whose only KL term nothing can draw twice."""
+    if figures.num_timesteps == 2:
+        return None
+    once = {"--terms 2": figures.terms == 1, "--decoder-draws 2": figures.decoder_draws == 1}
+    return " ".join(flag for flag, missing in once.items() if missing)
 
 
 def _band_lines(figures: Figures) -> Sequence[str]:

@@ -13,7 +13,7 @@ import tyro
 from perrin.cli.bound import data_text
 from perrin.cli.console import DeviceName, note, report, with_error
 from perrin.cli.flags import check_at_least, parse
-from perrin.cli.measure import Calls, Effort, Subject, batches, bound_of, finite, held_out
+from perrin.cli.measure import Calls, Effort, Subject, batches, bound_of, finite, held_out, told_alike
 
 if TYPE_CHECKING:
     from perrin.build import Run
@@ -128,13 +128,13 @@ class Calibrating:
 
     def figures(self) -> Figures:
         """Fit, compare on held-out examples, and write calibration, table and plot into the run's folder."""
-        from perrin.build import run_data
         from perrin.evaluation.step_curve import curve
         from perrin.likelihood.costs import rules
 
         started, run = time.monotonic(), self.subject.run
-        own = run_data(run)
-        data = own if self.options.data is None else run_data(run, self.options.data)
+        own = self.subject.data()
+        data = own if self.options.data is None else self.subject.data(self.options.data)
+        own, data = told_alike([own, data])
         shown = held_out(run, len(own))[: self.options.limit]
         found = self.fit(data, examples_to_fit(run, own, data, self.options.images))
         seen = self.passage("measuring", own, shown, widths=found.statistics.widths)
@@ -303,7 +303,7 @@ def describe(figures: Figures) -> list[str]:
         "by number of steps",
         *table_lines(figures.curve),
         "every row ends in the decoder of calibrated width; `DP` timesteps are those that suit the row's variance",
-        f"standard errors are in {figures.table}",
+        errors_text(figures),
         *measured,
         f"saved: variance {figures.kind}; timesteps for every number of steps, {figures.best_steps} being best "
         f"on the examples of the fit",
@@ -312,6 +312,15 @@ def describe(figures: Figures) -> list[str]:
         f"{figures.network_calls_total} network calls in all; {figures.seconds:.1f} s",
         f"to use them: --calibrated; files: {figures.calibration}, {figures.table}, {figures.plot}",
     ]
+
+
+def errors_text(figures: Figures) -> str:
+    """Where standard errors are, and of which rows there are none."""
+    if figures.n == 1:
+        return "a single example has no standard errors"
+    without = dict.fromkeys(str(row["variance"]) for row in figures.curve if row["bpd_se"] is None)
+    but = f", but for {', '.join(without)}, whose variance depends on the state: they have none"
+    return f"standard errors are in {figures.table}{but if without else ''}"
 
 
 def table_lines(curve: Sequence[Mapping[str, object]]) -> list[str]:

@@ -21,9 +21,11 @@ from perrin.cli.measure import (
     batches,
     bound_of,
     calls_per_example,
+    flattered_text,
     held_out,
     mean_with_errors,
     pilot,
+    trained_on,
 )
 from perrin.errors import RunError
 
@@ -93,6 +95,8 @@ class Side:
     """KL terms drawn per example; None is all of them."""
     network_calls: int
     """Per example, without the pilot."""
+    conditional: bool
+    """Whether the network was told the class of each example."""
     trained_on: int | None
     """How many of the examples it was trained on; None where that is not known: its data are others."""
 
@@ -129,17 +133,15 @@ def run(args: Sequence[str]) -> None:
     """Compare what ``args`` ask for."""
     options = parse(Options, args, command="compare")
     options.effort.check()
-    from perrin.build import run_data
     from perrin.evaluation.tables import claim_table
 
     a, b = load_pair(options)
     options.effort.check_terms(max(one.chain.num_timesteps for one in (a, b)) - 1)
     if options.out is not None:
         claim_table(options.out, LEADING)
-    dataset = run_data(a.run, options.data)
-    if b.run.folder.config.data.conditional:
-        # Refused without the classes that B knows.
-        run_data(b.run, options.data or a.run.folder.config.data.path)
+    dataset = a.data(options.data)
+    if b.run.folder.config.data.conditional and b.run.folder.path != a.run.folder.path:
+        b.data(options.data or a.run.folder.config.data.path)  # refused without the classes that B knows
     indices = (
         list(range(len(dataset))) if options.data is not None else held_out_of_both(a.run, b.run, dataset)
     )
@@ -173,14 +175,6 @@ def load_pair(options: Options) -> tuple[Subject, Subject]:
                 f"{options.b} cannot be compared with {options.a}: {name} must be {one}, got {other}"
             )
     return a, b
-
-
-def trained_on(run: Run, dataset: Dataset, indices: Sequence[int]) -> int | None:
-    """How many of the examples ``indices`` the run was trained on; None where ``dataset`` is not its own."""
-    own = run.folder.facts
-    if not own.fingerprint or own.fingerprint != dataset.facts.fingerprint:
-        return None
-    return len(set(indices) - set(held_out(run, len(dataset))))
 
 
 def held_out_of_both(a: Run, b: Run, dataset: Dataset) -> list[int]:
@@ -272,6 +266,7 @@ def _side(model: Subject, totals: Tensor, dataset: Dataset, indices: list[int], 
         calibrated=model.calibrated,
         terms=effort.terms_of(model.chain),
         network_calls=calls_per_example(model, effort),
+        conditional=model.conditional(dataset),
         trained_on=trained_on(model.run, dataset, indices),
     )
 
@@ -291,6 +286,7 @@ def describe(figures: Figures) -> list[str]:
         *(
             f"  {name}  {with_error(side.bpd, side.bpd_se)}  {side.run:<{width}}  {side.chain}; weights "
             f"{side.weights} of step {side.step}; {side.network_calls} network calls per example"
+            f"{', given its class' if side.conditional else ''}"
             for name, side in sides.items()
         ),
         f"the same {noise} for both; unpaired, the error of the difference would be {unpaired}{times}",
@@ -308,7 +304,7 @@ def _signed(figures: Figures) -> str:
 
 def verdict(figures: Figures) -> str:
     """Which is better, in words."""
-    if math.isnan(figures.difference_se):
+    if figures.n == 1:
         return "one example cannot tell which is better"
     if figures.better is None:
         return f"no difference beyond {CLEAR:g} standard errors"
@@ -319,6 +315,4 @@ def _seen(name: str, side: Side, count: int) -> str | None:
     """A warning where the examples are not held out of a run, as far as that is known."""
     if side.trained_on is None:
         return f"{name} was trained on other data: whether they hold these examples is not known"
-    if side.trained_on:
-        return f"{name} was trained on {side.trained_on} of these {examples(count)}, which flatters it"
-    return None
+    return flattered_text(name, side.trained_on, count)

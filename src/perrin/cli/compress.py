@@ -87,7 +87,6 @@ def run(args: Sequence[str]) -> None:
     check_at_least(options, ("limit",))
     out = options.out or Path(default_name(options))
     claim_new(out)
-    from perrin.build import run_data
     from perrin.codec import require
     from perrin.files import written_aside
 
@@ -100,7 +99,7 @@ def run(args: Sequence[str]) -> None:
         calibrated=options.calibrated,
         device="cpu",
     )
-    dataset = run_data(model.run, options.data)
+    dataset = model.data(options.data)
     indices = held_out(model.run, len(dataset)) if options.data is None else list(range(len(dataset)))
     dataset = subset(dataset, indices[: options.limit])
     note(f"compressing {len(dataset)} examples with weights {model.run.weights} of step {model.run.step}")
@@ -175,12 +174,13 @@ def shown_on(update: Callable[[float], None]) -> Callable[[int, int], None]:
 
 
 def classes_of(run: Run, dataset: Dataset) -> Tensor | None:
-    """The run's class numbers (N,) of the examples; None if it is unconditional."""
+    """What the network is told of the examples, (N,); None if it is unconditional."""
     import torch
 
-    from perrin.build import class_numbers
+    from perrin.build import told_classes
 
-    return class_numbers(run, dataset, None if dataset.labels is None else torch.from_numpy(dataset.labels))
+    labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)
+    return told_classes(run, dataset, labels, dataset.facts.count)
 
 
 def figures_of(

@@ -33,12 +33,16 @@ def note(text: str) -> None:
 
 def report(figures: Mapping[str, object], lines: Iterable[str], *, as_json: bool) -> None:
     """Print the results: one JSON object of ``figures``, numbers that are not finite as null; or ``lines``."""
-    print(json.dumps(plain(figures)) if as_json else "\n".join(lines), flush=True)
+    print(json.dumps(plain(figures), allow_nan=False) if as_json else "\n".join(lines), flush=True)
 
 
-def plain(figures: Mapping[str, object]) -> dict[str, object]:
-    """``figures`` for JSON, which has no word for numbers that are not finite but null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+def plain(figures: object) -> object:
+    """``figures`` for JSON, which has no word for numbers that are not finite but null, however deep they lie."""
+    if isinstance(figures, Mapping):
+        return {name: plain(value) for name, value in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [plain(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 def with_error(mean: float, error: float | None) -> str:
@@ -47,15 +51,16 @@ def with_error(mean: float, error: float | None) -> str:
     return f"{mean:.3f} ± {error:.3f} bits/dim" if known else f"{mean:.3f} ± unknown bits/dim"
 
 
-def measured_text(mean: float, error: float, noise: float, *, count: int, remedy: str) -> str:
+def measured_text(mean: float, error: float, noise: float, *, count: int, remedy: str | None) -> str:
     """The mean of ``count`` examples with its standard ``error``, and the Monte-Carlo ``noise``, all in bits/dim.
 
-    A single example has that noise alone. Where it is not known (NaN), ``remedy`` is the flag that would tell it.
+    A single example has that noise alone. Where it is not known (NaN), ``remedy`` are the flags that would tell it;
+    None where none would.
     """
     known = not math.isnan(noise)
     if count == 1 and known:
         return f"{with_error(mean, noise)} (n = 1: the error is the Monte-Carlo part alone)"
-    part = f"{noise:.4f}" if known else f"unknown ({remedy} tells it)"
+    part = f"{noise:.4f}" if known else "unknown" + (f" ({remedy} tells it)" if remedy else "")
     return (
         f"{with_error(mean, error)} (mean and standard error of n = {count}; the Monte-Carlo part is {part})"
     )

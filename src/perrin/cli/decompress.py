@@ -37,8 +37,8 @@ class Options:
     """The .perrin file."""
     out: Path | None = None
     """.npy or .npz file to write, or a new folder for PNG files; by default the file's name with .npz if it holds
-    labels or names, else .npy, in the current folder. Values and dtype come back bit for bit, images in arrays as
-    (N, C, H, W): what was given as (N, H, W) is (N, 1, H, W)."""
+    labels or names, else .npy, in the current folder. Values come back bit for bit, as uint8 or uint16 whatever the
+    type was (bool is uint8), images in arrays as (N, C, H, W): what was given as (N, H, W) is (N, 1, H, W)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -151,13 +151,13 @@ def decompressed(model: Subject, file: File) -> Dataset:
 
 
 def known_classes(run: Run, header: Header) -> Tensor | None:
-    """The run's class numbers (N,); None if it is unconditional. Raises `DataError` for classes that it has not."""
+    """What the network is told, (N,); None if it is unconditional. Raises `DataError` for classes that it has not."""
     from perrin.codec import dataset_of
 
     if not run.folder.config.data.conditional:
         return None
-    known = run.folder.facts.class_names or ()
-    if not header.class_names or not set(header.class_names) <= set(known):
+    known, withheld = run.folder.facts.class_names or (), run.folder.config.training.label_drop > 0
+    if not set(header.class_names) <= set(known) or not (header.class_names or withheld):
         raise DataError(f"the file's classes are not those of the run {run.folder.path}")
     return classes_of(run, dataset_of(header))
 

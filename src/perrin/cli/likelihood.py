@@ -10,7 +10,7 @@ import tyro
 
 from perrin.cli.console import DeviceName, examples, note, report
 from perrin.cli.flags import parse
-from perrin.cli.measure import Effort, Subject, given, held_out
+from perrin.cli.measure import Effort, Subject, given, held_out, marks, replacing
 from perrin.cli.ode import OdeOptions
 from perrin.errors import ArgumentError
 
@@ -42,7 +42,8 @@ class Options:
     with_ode: OdeOptions = field(default_factory=OdeOptions)
     out: Path | None = None
     """Table to write, .csv or .parquet; by default one in the run's folder whose name says what was measured:
-    likelihood.csv, likelihood-DATA.csv, likelihood-ode.csv, likelihood-calibrated-64-steps.csv."""
+    likelihood.csv, likelihood-DATA.csv, likelihood-ode.csv, likelihood-calibrated-64-steps.csv,
+    likelihood-model-step-400-first-10.csv for --weights, --checkpoint and --limit."""
     device: DeviceName = "auto"
     """Where to compute."""
     json: bool = False
@@ -53,9 +54,7 @@ def run(args: Sequence[str]) -> None:
     """Measure what ``args`` ask for."""
     options = parse(Options, args, command="likelihood")
     check(options)
-    from perrin.build import run_data
-    from perrin.cli.bound import LEADING, CurveFiles, describe, measure
-    from perrin.evaluation.tables import claim_table
+    from perrin.cli.bound import describe, measure
 
     model = Subject.load(
         options.run,
@@ -66,15 +65,15 @@ def run(args: Sequence[str]) -> None:
         device=options.device,
     )
     options.effort.check_terms(model.chain.num_timesteps - 1)
+    if options.ode:
+        options.with_ode.check_times(model.chain)
     out = options.out or default_table(options, model.run.folder.likelihood_path(options.data))
-    claim_table(out, LEADING)
-    if options.per_timestep:
-        CurveFiles.beside(out).claim()
-    dataset = run_data(model.run, options.data)
+    files = claimed(out, curve=options.per_timestep)
+    dataset = model.data(options.data)
     indices = list(range(len(dataset))) if options.data is not None else held_out(model.run, len(dataset))
     count = len(indices[: options.effort.limit])
-    if options.out is None and out.exists():
-        note(f"replacing {out}")
+    if options.out is None:
+        replacing(files)
     note(f"measuring {examples(count)} with weights {model.run.weights} of step {model.run.step}")
     if options.ode:
         from perrin.cli.ode import measure_ode
@@ -89,18 +88,36 @@ def run(args: Sequence[str]) -> None:
     report(asdict(found), describe(found), as_json=options.json)
 
 
+def claimed(out: Path, *, curve: bool) -> list[Path]:
+    """The table ``out``, and the files of the ``curve`` beside it; sure to overwrite nothing else.
+
+    Raises `ArgumentError` where something else is in their place.
+    """
+    from perrin.cli.bound import LEADING, CurveFiles
+    from perrin.evaluation.tables import claim_table
+
+    claim_table(out, LEADING)
+    if not curve:
+        return [out]
+    files = CurveFiles.beside(out)
+    files.claim()
+    return [out, *files]
+
+
 def default_table(options: Options, plain: Path) -> Path:
     """Where the table goes without --out: ``plain`` for the bound of the run's own chain, or a like name.
 
-    ``likelihood-DATA.csv`` becomes ``likelihood-ode-DATA.csv`` or ``likelihood-calibrated-64-steps-DATA.csv``.
+    ``likelihood-DATA.csv`` becomes ``likelihood-ode-DATA.csv``, ``likelihood-calibrated-64-steps-DATA.csv`` or
+    ``likelihood-model-step-400-first-10-DATA.csv``.
     """
     wanted = {
         "-ode": options.ode,
         "-calibrated": options.calibrated,
         f"-{options.steps}-steps": options.steps,
     }
-    marks = "".join(mark for mark, given in wanted.items() if given)
-    return plain.with_name(f"likelihood{marks}{plain.name.removeprefix('likelihood')}")
+    kind = "".join(mark for mark, given in wanted.items() if given)
+    kind += marks(options.weights, options.checkpoint, options.effort.limit)
+    return plain.with_name(f"likelihood{kind}{plain.name.removeprefix('likelihood')}")
 
 
 def check(options: Options) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perrin.cli.console import DeviceName, pick_device
+from perrin.cli.console import DeviceName, examples, note, pick_device
 from perrin.cli.flags import check_at_least, flag_of
 from perrin.errors import ArgumentError
 
@@ -86,12 +86,28 @@ class Subject:
         run = load_run(path, weights=weights, step=checkpoint, device=pick_device(device))
         return cls(run, run_chain(run, steps=steps, calibrated=calibrated), calibrated)
 
+    def data(self, path: str | None = None) -> Dataset:
+        """The data set at ``path``, or the run's own; says where the network is not told classes that it knows.
+
+        Raises `DataError` where it does not fit, or lacks classes which were never withheld in training.
+        """
+        from perrin.build import run_data
+
+        dataset = run_data(self.run, path, withheld=True)
+        if self.run.folder.config.data.conditional and dataset.labels is None:
+            note(f"{path} has no classes: {self.run.folder.path} is told none, as --label-drop trained it")
+        return dataset
+
+    def conditional(self, dataset: Dataset) -> bool:
+        """Whether the network is told the class of each example."""
+        return self.run.folder.config.data.conditional and dataset.labels is not None
+
     def batch(self, dataset: Dataset, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any] | None]:
         """The examples (B, ...) on the run's device, and what else the network is told."""
-        from perrin.build import class_numbers
+        from perrin.build import told_classes
 
         x, labels = dataset.batch(indices, self.run.device)
-        classes = class_numbers(self.run, dataset, labels)
+        classes = told_classes(self.run, dataset, labels, len(x))
         return x, None if classes is None else {"y": classes}
 
     @property
@@ -193,6 +209,46 @@ def held_out(run: Run, count: int) -> list[int]:
     from perrin.data import split
 
     return [int(i) for i in split(count, run.folder.config.data.held_out)[1]]
+
+
+def trained_on(run: Run, dataset: Dataset, indices: Sequence[int]) -> int | None:
+    """How many of the examples ``indices`` the run was trained on; None where ``dataset`` is not its own."""
+    own = run.folder.facts
+    if not own.fingerprint or own.fingerprint != dataset.facts.fingerprint:
+        return None
+    return len(set(indices) - set(held_out(run, len(dataset))))
+
+
+def flattered_text(name: str, trained: int | None, count: int) -> str | None:
+    """A warning where ``name`` was trained on some of ``count`` examples that are measured."""
+    if not trained:
+        return None
+    return f"{name} was trained on {trained} of these {examples(count)}, which flatters it"
+
+
+def given_class_text(conditional: bool) -> str:
+    """What follows the name of a likelihood where the network was told the class."""
+    return " of each example given its class" if conditional else ""
+
+
+def told_alike(datasets: Sequence[Dataset]) -> list[Dataset]:
+    """The ``datasets``, all without their classes if one has none, so that the network is told as much of each."""
+    if all(one.labels is not None for one in datasets):
+        return list(datasets)
+    return [replace(one, labels=None, facts=replace(one.facts, class_names=None)) for one in datasets]
+
+
+def marks(weights: str | None, checkpoint: int | None, limit: int | None) -> str:
+    """What the name of a default table says of the flags that were given: ``-model-step-400-first-10``."""
+    found = {f"-{weights}": weights, f"-step-{checkpoint}": checkpoint, f"-first-{limit}": limit}
+    return "".join(mark for mark, flag in found.items() if flag is not None)
+
+
+def replacing(paths: Iterable[Path | None]) -> None:
+    """Say which of ``paths``, whose names nobody chose, hold an earlier measurement."""
+    for path in paths:
+        if path is not None and path.exists():
+            note(f"replacing {path}")
 
 
 def given(options: object, names: Sequence[str]) -> list[str]:

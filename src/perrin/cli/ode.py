@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from perrin.cli.console import many, measured_text
 from perrin.cli.flags import check_at_least
-from perrin.cli.measure import Effort, Subject, batches, given, mean_with_errors
+from perrin.cli.measure import (
+    Calls,
+    Effort,
+    Subject,
+    batches,
+    flattered_text,
+    given,
+    given_class_text,
+    mean_with_errors,
+    trained_on,
+)
 from perrin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from perrin.data import Dataset
+    from perrin.diffusion import GaussianDiffusion
     from perrin.likelihood.dequantization import Dequantization
     from perrin.likelihood.flow import Trace
     from perrin.likelihood.ode import OdeLikelihood
@@ -31,7 +43,8 @@ class OdeOptions:
     solver: Literal["heun", "adaptive"] | None = None
     """heun with even steps in the log of the noise level (the default), or adaptive with steps for each example."""
     ode_steps: int | None = None
-    """Steps of heun, of two network calls each; by default 100."""
+    """Steps of heun, of two network calls each; by default 100, or the run's own timesteps where its network, one of
+    previous-x, knows no others."""
     tolerance: float | None = None
     """Error allowed in a step of adaptive, in x and in log p per dimension; by default 1e-4."""
     probes: int | None = None
@@ -63,10 +76,21 @@ class OdeOptions:
         if self.tolerance is not None and not 0 < self.tolerance < math.inf:
             raise ArgumentError(f"--tolerance must be above 0 and finite, got {self.tolerance}")
 
-    def solver_of(self) -> Solver:
-        """The solver."""
+    def check_times(self, chain: GaussianDiffusion) -> None:
+        """Raise `ArgumentError` for steps between timesteps where the network of ``chain`` knows whole ones only."""
+        if whole_times_only(chain) and (self.adaptive or self.ode_steps is not None):
+            flag = "--solver adaptive" if self.adaptive else f"--ode-steps {self.ode_steps}"
+            raise ArgumentError(
+                f"the network predicts previous-x and knows whole timesteps only: expected heun at all of them, got "
+                f"{flag}"
+            )
+
+    def solver_of(self, chain: GaussianDiffusion) -> Solver:
+        """The solver, which for a network that knows whole timesteps only takes all of ``chain``."""
         from perrin.likelihood.solvers import Adaptive, Heun
 
+        if whole_times_only(chain):
+            return Heun(None)
         if self.adaptive:
             tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
             return Adaptive(rtol=tolerance, atol=tolerance)
@@ -93,12 +117,20 @@ class OdeOptions:
             return None
         return (Uniform if self.dequantization == "uniform" else TruncatedNormal)(draws=self.draws or 1)
 
-    @property
-    def solver_text(self) -> str:
+    def solver_text(self, chain: GaussianDiffusion) -> str:
         """``heun with 100 steps``."""
+        if whole_times_only(chain):
+            return "heun at the run's own timesteps"
         if self.adaptive:
             return f"adaptive with tolerance {self.tolerance or DEFAULT_TOLERANCE:g}"
         return f"heun with {self.ode_steps or DEFAULT_STEPS} steps"
+
+
+def whole_times_only(chain: GaussianDiffusion) -> bool:
+    """Whether the network of ``chain`` says nothing between its timesteps."""
+    from perrin.parameterization import ModelMeanType
+
+    return chain.model_mean_type is ModelMeanType.PREVIOUS_X
 
 
 @dataclass(frozen=True)
@@ -126,6 +158,10 @@ class OdeFigures:
     num_timesteps: int
     seed: int
     levels: int | None
+    conditional: bool
+    """Whether the network was told the class of each example."""
+    trained_on: int | None
+    """How many of the examples it was trained on; None where that is not known: its data are others."""
     clip_denoised: bool
     weights: str
     step: int
@@ -136,9 +172,12 @@ class OdeFigures:
         bound = "log density" if self.levels is None else f"bound with {self.dequantization} dequantization"
         trace = many(self.probes, "Rademacher probe") if self.probes else "exact trace"
         remedy = "--probes 2" if self.levels is None else "--draws 2"
+        flattered = flattered_text("the run", self.trained_on, self.n)
         return [
             measured_text(self.ode_bpd, self.ode_bpd_se, self.ode_bpd_mc_se, count=self.n, remedy=remedy),
-            f"probability-flow ODE, {bound}, {many(self.draws, 'draw')}; not the variational bound",
+            *([flattered] if flattered else []),
+            f"probability-flow ODE{given_class_text(self.conditional)}, {bound}, {many(self.draws, 'draw')}; not the "
+            "variational bound",
             f"{self.solver}, {trace}; density at sigma/alpha = {self.start_noise:.4g}; predictions not clipped",
             f"T = {self.num_timesteps}; weights {self.weights} of step {self.step}; seed {self.seed}; "
             f"{self.seconds:.1f} s",
@@ -171,7 +210,7 @@ def measure_ode(
         dequantization=found[0].dequantization,
         draws=found[0].draws,
         probes=found[0].probes,
-        solver=how.solver_text,
+        solver=how.solver_text(model.chain),
         start_noise=found[0].start,
         network_calls=sum(share * one.network_calls for share, one in zip(sizes, found, strict=True)),
         vector_jacobian_products=sum(share * one.vjps for share, one in zip(sizes, found, strict=True)),
@@ -179,6 +218,8 @@ def measure_ode(
         num_timesteps=model.chain.num_timesteps,
         seed=effort.seed,
         levels=dataset.facts.levels,
+        conditional=model.conditional(dataset),
+        trained_on=trained_on(model.run, dataset, indices),
         clip_denoised=False,
         weights=model.run.weights,
         step=model.run.step,
@@ -194,10 +235,14 @@ def _measured(
     from perrin.denoiser import DiffusionDenoiser
     from perrin.likelihood.ode import ode
 
-    levels = dataset.facts.levels
+    levels, solver = dataset.facts.levels, how.solver_of(model.chain)
     dequantization, trace = how.dequantization_of(levels), how.trace_of(math.prod(dataset.facts.shape))
+    each = calls_for_example(model, solver, 1 if dequantization is None else dequantization.draws)
     found = []
-    with Bar("measuring", len(indices)) as bar:
+    with (
+        Bar("measuring", len(indices) * (each or 1)) as bar,
+        Calls().counted(model.run.network, bar) if each else nullcontext(),
+    ):
         for batch in batches(indices, effort.batch_size):
             x, told = model.batch(dataset, batch)
             denoise = DiffusionDenoiser(
@@ -212,8 +257,20 @@ def _measured(
                     dequantization=dequantization,
                     seed=effort.seed,
                     trace=trace,
-                    solver=how.solver_of(),
+                    solver=solver,
                 )
             )
-            bar.advance(len(batch))
+            if each is None:
+                bar.advance(len(batch))
     return found
+
+
+def calls_for_example(model: Subject, solver: Solver, draws: int) -> int | None:
+    """Network calls for an example with so many ``draws``; None where each finds its own number."""
+    from perrin.denoiser import DiffusionDenoiser
+    from perrin.likelihood.flow import Timeline
+    from perrin.likelihood.solvers import Heun
+
+    if not isinstance(solver, Heun):
+        return None
+    return draws * solver.calls(Timeline.of(DiffusionDenoiser(model.chain, model.run.network)))

@@ -387,8 +387,10 @@ def _check_knows_no_class(run: Run, scale: float) -> None:
 
 
 def calibration_of(run: Run) -> str:
-    """A short hash of the run's calibration, which changes the samples when it is made anew."""
-    return _short_hash(run.folder.calibration_path.read_bytes())
+    """A short hash of the calibration of the run's weights, which changes the samples when it is made anew."""
+    from perrin.build import calibration_file
+
+    return _short_hash(calibration_file(run).read_bytes())
 
 
 def _short_hash(content: bytes) -> str:

@@ -13,6 +13,7 @@ from perrin.codec.identity import model_hash
 from perrin.codec.kernels import Kernels
 from perrin.data import Dataset, Facts
 from perrin.data.decode import SUFFIXES
+from perrin.data.levels import level_dtype
 from perrin.diffusion import GaussianDiffusion
 from perrin.errors import DataError
 
@@ -47,8 +48,7 @@ def compress(
     `RunError` where the network gives values that are not finite.
     """
     kernels = Kernels(chain, network)
-    values = np.asarray(dataset.values)
-    _check(values, kernels.levels)
+    values = _checked(np.asarray(dataset.values), kernels.levels)
     named = any(name.lower().endswith(SUFFIXES) for name in dataset.names)
     names = tuple(map(str, dataset.names)) if named else ()
     labels = () if dataset.labels is None else tuple(dataset.labels.tolist())
@@ -128,10 +128,12 @@ def _check_words(words: tuple[str, ...]) -> None:
             raise DataError(f"the name {word!r} is not UTF-8: rename it") from None
 
 
-def _check(values: np.ndarray, levels: int) -> None:
+def _checked(values: np.ndarray, levels: int) -> np.ndarray:
+    """``values`` in a type that holds the ``levels``."""
     if values.dtype.name not in ("uint8", "uint16") or values.ndim not in (2, 4) or not values.size:
         raise DataError(
             f"expected level indices (N, C, H, W) or (N, D) as uint8 or uint16, got {values.dtype} {values.shape}"
         )
     if values.max() >= levels:
         raise DataError(f"values must lie in 0..{levels - 1}, the largest is {values.max()}")
+    return values.astype(np.promote_types(values.dtype, level_dtype(levels)), copy=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from perrin.files import written_aside
 
 IMAGE_KEYS = ("images", "x", "arr_0", "data")
 LABEL_KEYS = ("labels", "y")
+WORD_KEYS = ("class_names", "names")
 _MAX_CHANNELS = 4
 _MAX_CLASSES = 2**16
 _CHUNK_VALUES = 2**24
@@ -39,15 +41,15 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def load_npz(path: Path) -> Dataset:
-    """The images, and labels where there are some, of an .npz file: see `IMAGE_KEYS` and `LABEL_KEYS`.
+    """The images of an .npz file, with labels, ``class_names`` by label, and ``names``, where there are some.
 
-    An array that stands alone, or beside the labels, may have any key.
+    See `IMAGE_KEYS` and `LABEL_KEYS`; an array that stands alone, or beside those, may have any key.
     """
     try:
         # Opened here, because NumPy leaves a damaged archive open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             labels = next((key for key in LABEL_KEYS if key in archive.files), None)
-            others = [key for key in archive.files if key != labels]
+            others = [key for key in archive.files if key not in (labels, *WORD_KEYS)]
             images = next(
                 (key for key in IMAGE_KEYS if key in others), others[0] if len(others) == 1 else None
             )
@@ -56,11 +58,29 @@ def load_npz(path: Path) -> Dataset:
                     f"{path}: expected one array or one named {', '.join(IMAGE_KEYS)}, "
                     f"found {', '.join(archive.files[:10]) or 'none'}"
                 )
-            return from_arrays(archive[images], archive[labels] if labels else None, path)
+            dataset = from_arrays(archive[images], archive[labels] if labels else None, path)
+            return _named(dataset, {key: archive[key] for key in WORD_KEYS if key in archive.files}, path)
     except DataError:
         raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def _named(dataset: Dataset, words: dict[str, np.ndarray], path: Path) -> Dataset:
+    """``dataset`` with the ``names`` and, if it has labels, the ``class_names`` among ``words``."""
+    classes = len(dataset.facts.class_names or ())
+    for key, found in words.items():
+        count = found.size if found.ndim == 1 and found.dtype.kind == "U" else -1
+        if count < classes if key == "class_names" else count != len(dataset):
+            expected = f"at least {classes}" if key == "class_names" else len(dataset)
+            raise DataError(
+                f"{path}: {key} must be {expected} strings, got {found.dtype} of shape {found.shape}"
+            )
+    names = words["names"].tolist() if "names" in words else dataset.names
+    if "class_names" not in words or dataset.labels is None:
+        return replace(dataset, names=names)
+    facts = replace(dataset.facts, class_names=tuple(words["class_names"].tolist()))
+    return replace(dataset, names=names, facts=facts)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -76,10 +96,11 @@ def from_arrays(values: np.ndarray, labels: np.ndarray | None, source: Path | st
     65536; floats in [-1, 1] are continuous. ``labels`` are (N,) whole numbers from 0. ``source`` names the
     input in errors. Raises `DataError`.
     """
+    guessed = values.dtype.kind in "iu" and values.itemsize > 2
     values, levels = _typed(_shaped(values, source), source)
     classes, labels = _classes(labels, len(values), source)
     names = [str(index) for index in range(len(values))]
-    return Dataset(values, labels, names, Facts(values.shape[1:], levels, classes, len(values)))
+    return Dataset(values, labels, names, Facts(values.shape[1:], levels, classes, len(values)), guessed)
 
 
 def _shaped(values: np.ndarray, source: Path | str) -> np.ndarray:

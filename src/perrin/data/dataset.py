@@ -46,6 +46,8 @@ class Dataset:
     names: Sequence[str]
     """N names: the file's path in its folder, or the index as text."""
     facts: Facts
+    guessed: bool = False
+    """Whether the values alone told the levels: whole numbers of a type wider than 16 bits."""
 
     def __len__(self) -> int:
         return len(self.values)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import ArgumentError, DataError
+from perrin.errors import ArgumentError, DataError, NonFiniteError
 from perrin.evaluation.mixture import Gaussian, Mixture
 from perrin.forward import ForwardProcess
+from perrin.likelihood.examples import checked
 from perrin.randomness import generator_for, normal_rows
 from perrin.reverse import Model, ModelKwargs
-from perrin.tensors import at_least_float32
 
 MOST_LOG_SNR = 20.0
 """Beyond which, on either side, levels of noise count as one: a chain may end without signal."""
@@ -89,9 +89,11 @@ def errors(
 
     The noise depends on (seed, timestep) alone and is the same for every example, so that examples differ by what
     they are and not by where they stand; the rough bound shares it too, so that its mean over many examples keeps the
-    error of one draw, besides its bias. Predictions are clipped to [-1, 1].
+    error of one draw, besides its bias. Predictions are clipped to [-1, 1]. Raises `NonFiniteError` where they or the
+    bound's terms are not finite; `ShapeError` for no examples; `ArgumentError` for values that are not finite or not
+    on the diffusion's levels.
     """
-    x_start = at_least_float32(x_start)
+    x_start = checked(x_start, diffusion.levels)
     times = visited(diffusion)
     maps, terms = [], []
     with torch.no_grad():
@@ -101,11 +103,19 @@ def errors(
             maps.append(x_start - found["pred_xstart"])
             terms.append(found["output"].double().cpu())
     bands = torch.stack([_log(error.flatten(1).double().square().mean(1)) for error in maps], 1).cpu()
+    _check_finite(bands + torch.stack(terms, 1), times)
     cells = [_pooled(x_start, IMAGE_GRID), *(_pooled(error, GRID) for error in maps)]
     logs = [_log(_pooled(error.square(), GRID)) / 2 for error in maps]
     prior = diffusion.prior_bpd(x_start).double().cpu()
     rough = prior + torch.stack(terms, 1) @ term_weights(diffusion, times)
     return Errors(bands, torch.cat([*cells, *logs], 1).double().cpu(), rough)
+
+
+def _check_finite(values: Tensor, times: Sequence[int]) -> None:
+    """Raise `NonFiniteError` unless ``values`` (B, S), whose columns are of ``times``, are finite."""
+    for t, finite in zip(times, values.isfinite().all(0).tolist(), strict=True):
+        if not finite:
+            raise NonFiniteError(f"the network's output at timestep {t} is not finite, or far out of range")
 
 
 def _noise(diffusion: GaussianDiffusion, x_start: Tensor, t: int, seed: int) -> Tensor:
@@ -160,12 +170,13 @@ class Typical:
     def fit(cls, fitted: Errors, ranked: Errors) -> Typical:
         """The densities of the examples ``fitted``, and the scores of ``ranked``.
 
-        Raises `DataError` for fewer than `FEWEST` examples of either.
+        Raises `DataError` for fewer than `FEWEST` examples of either, `ArgumentError` for errors that are not finite.
         """
         for use, found in (("fit", fitted), ("rank among", ranked)):
             if len(found.bands) < FEWEST:
                 count = len(found.bands)
                 raise DataError(f"at least {FEWEST} reference examples to {use} are needed, got {count}")
+            _check_features(found)
         bare = cls(Mixture.fit(fitted.features), Gaussian.fit(fitted.bands), fitted.rough_bpd.new_empty(0))
         return replace(bare, scores=bare.score(ranked).sort().values)
 
@@ -175,8 +186,7 @@ class Typical:
         Of the features most are signed errors, of which an example quieter than is typical has less: the
         bands, which are logs, tell such examples too. Raises `ArgumentError` for errors that are not finite.
         """
-        if not bool(found.features.isfinite().all()):
-            raise ArgumentError("the network's predictions of x_0 must be finite, but some are not")
+        _check_features(found)
         return self.features.distance(found.features) + BANDS_WEIGHT * self.bands.distance(found.bands)
 
     def p_values(self, scores: Tensor) -> Tensor:
@@ -186,3 +196,8 @@ class Typical:
         """
         count = len(self.scores)
         return (1 + count - torch.searchsorted(self.scores, scores)).double() / (1 + count)
+
+
+def _check_features(found: Errors) -> None:
+    if not bool(found.features.isfinite().all()):
+        raise ArgumentError("the network's predictions of x_0 must be finite, but some are not")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import ArgumentError, ShapeError
+from perrin.errors import ArgumentError, NonFiniteError, ShapeError
+from perrin.likelihood.examples import checked
 from perrin.randomness import generator_for, normal_rows, seed_of
 from perrin.reverse import Model, ModelKwargs
-from perrin.tensors import at_least_float32
 
 CHUNK = 64
 """Rows, each an image at a timestep, of one network call."""
@@ -73,11 +73,12 @@ def bound(
 
     The noise of image i depends on (seed, i, the timestep as the network knows it, how often it was drawn) alone:
     the same for any batch size, and common to two models that are compared. Tensors in ``model_kwargs`` hold a
-    row for each image. Raises `ArgumentError` unless 1 <= terms <= T - 1 and decoder_draws >= 1, or for
-    probabilities that are not positive; `ShapeError` for too few indices or probabilities.
+    row for each image. Raises `ArgumentError` unless 1 <= terms <= T - 1 and decoder_draws >= 1, for probabilities
+    that are not positive, and for data that are not finite or not on the diffusion's levels; `ShapeError` for no data
+    and for too few indices or probabilities; `NonFiniteError` where the network gives a term that is not finite.
     """
-    _check(len(x_start), len(indices), diffusion.num_timesteps - 1, terms, decoder_draws)
-    x_start = at_least_float32(x_start)
+    x_start = checked(x_start, diffusion.levels, indices)
+    _check(diffusion.num_timesteps - 1, terms, decoder_draws)
     estimate = _Estimate(diffusion, model, x_start, indices, seed, clip_denoised, model_kwargs)
     times, weights = _every_time(diffusion, len(x_start))
     if terms is not None:
@@ -93,9 +94,7 @@ def bound(
     return Bound(prior + vb + decoder, prior, vb, decoder, error, times, kl, weights, calls)
 
 
-def _check(count: int, named: int, most: int, terms: int | None, decoder_draws: int) -> None:
-    if named != count:
-        raise ShapeError(f"indices must name {count} images, got {named}")
+def _check(most: int, terms: int | None, decoder_draws: int) -> None:
     if terms is not None and not 1 <= terms <= most:
         raise ArgumentError(f"terms must be from 1 to {most}, got {terms}")
     if decoder_draws < 1:
@@ -115,14 +114,14 @@ def term_probabilities(
 
     Evaluates the first few images of ``x_start`` at some timesteps, denser at low noise, and interpolates the term
     per length of its step in log-SNR; entry 0, the decoder, is 0 (IDDPM eq. 18, for the model as it is).
+    Raises like `bound`.
     """
-    last = diffusion.num_timesteps - 1
+    images, last = checked(x_start[:PILOT_IMAGES], diffusion.levels), diffusion.num_timesteps - 1
     if last == 0:
         return torch.zeros(1, dtype=torch.float64)
     even = torch.linspace(1, last, PILOT_TIMES, dtype=torch.float64)
     dense = torch.logspace(0, math.log10(last), PILOT_TIMES, dtype=torch.float64)
     grid = torch.tensor(sorted({min(round(t), last) for t in [*even.tolist(), *dense.tolist()]}))
-    images = at_least_float32(x_start[:PILOT_IMAGES])
     told = _rows_of(model_kwargs, len(x_start), list(range(len(images))))
     key = seed_of("pilot", int(seed))
     estimate = _Estimate(diffusion, model, images, range(len(images)), key, clip_denoised, told)
@@ -162,7 +161,9 @@ class _Estimate(NamedTuple):
         rows = [(image, t, again) for column in _columns(times) for image, (t, again) in enumerate(column)]
         parts = [self._terms(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
         flat = torch.cat(parts) if parts else torch.zeros(0)
-        return flat.cpu().double().reshape(draws, count).T
+        values = flat.cpu().double().reshape(draws, count).T
+        _check_finite(values, times)
+        return values
 
     def _terms(self, rows: Sequence[tuple[int, int, int]]) -> Tensor:
         """The term of each row: an image, a timestep, and which draw of that timestep it is."""
@@ -179,6 +180,16 @@ class _Estimate(NamedTuple):
         repeated = (again,) if again else ()
         return generator_for(
             self.x_start.device, "bound", int(self.seed), int(self.indices[image]), time, *repeated
+        )
+
+
+def _check_finite(values: Tensor, times: Tensor) -> None:
+    """Raise `NonFiniteError` unless the terms ``values`` (B, S) at ``times`` (B, S) are finite."""
+    wrong = times[~values.isfinite()]
+    if len(wrong):
+        raise NonFiniteError(
+            f"the bound's term at timestep {int(wrong.amin())} is not finite: the network's output there is not, "
+            "or it is far out of range"
         )
 
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from perrin.denoiser import Denoiser
-from perrin.errors import ArgumentError, ShapeError
+from perrin.errors import ArgumentError
 from perrin.gaussian import LOG_2PI
 from perrin.likelihood.dequantization import Dequantization
+from perrin.likelihood.examples import checked
 from perrin.likelihood.flow import Flow, Hutchinson, Timeline, Trace, keyed_rows
 from perrin.likelihood.solvers import Heun, Solver
-from perrin.tensors import at_least_float32, widest_dtype
+from perrin.tensors import widest_dtype
 
 _ONE_PROBE = Hutchinson()
 _HUNDRED_STEPS = Heun()
-_OFF_LEVEL = 0.1  # of a bin; float32 keeps the highest of 65,536 levels to 0.004
 
 
 class OdeLikelihood(NamedTuple):
@@ -80,7 +80,7 @@ def ode(
     Raises `ArgumentError` for data that are empty, not finite or not on the levels, for a dequantization that does
     not fit, and where the solver does not end in finite numbers; `ShapeError` for too few indices.
     """
-    x = _checked(x_start, levels, indices)
+    x = checked(x_start, levels, indices)
     _check_choices(levels, dequantization, trace)
     timeline = Timeline.of(denoise)
     task = _Task(denoise, timeline, dequantization, trace, solver, _start(timeline, dequantization))
@@ -140,26 +140,6 @@ def _log_density(flow: Flow, solver: Solver, y: Tensor, start: float) -> Tensor:
     squares = (alpha * end.y).square().flatten(1).sum(1)
     normal = -0.5 * (squares + dimensions * LOG_2PI) + dimensions * math.log(alpha)
     return normal[:, None] + end.growth
-
-
-def _checked(x_start: Tensor, levels: int | None, indices: Sequence[int]) -> Tensor:
-    """``x_start`` in float32 or better; raises for what cannot be measured."""
-    x = at_least_float32(x_start)
-    if x.numel() == 0 or x.ndim < 2:
-        raise ShapeError(f"x_start must have shape (B, ...), got {tuple(x.shape)}")
-    if len(indices) != len(x):
-        raise ShapeError(f"indices must name {len(x)} images, got {len(indices)}")
-    if not bool(x.isfinite().all()):
-        raise ArgumentError("x_start must be finite, got NaN or infinity")
-    if levels is None:
-        return x
-    if levels < 2:
-        raise ArgumentError(f"levels must be at least 2, or None for continuous data, got {levels}")
-    place = x.to(widest_dtype(x.device)).add(1).mul((levels - 1) / 2)
-    off = (place - place.round()).abs().amax() > _OFF_LEVEL
-    if bool(off | (place.amin() < -_OFF_LEVEL) | (place.amax() > levels - 1 + _OFF_LEVEL)):
-        raise ArgumentError(f"x_start must hold the {levels} levels 2 k / {levels - 1} - 1, got other values")
-    return x
 
 
 def _check_choices(levels: int | None, dequantization: Dequantization | None, trace: Trace) -> None:

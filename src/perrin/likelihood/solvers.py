@@ -64,6 +64,10 @@ class Heun:
             growth = growth + (after - before) / 2 * rate
         return Solution(y, growth)
 
+    def calls(self, timeline: Timeline) -> int:
+        """Network calls for an image from the first level of ``timeline`` on."""
+        return 2 * len(self._nodes(timeline, timeline.first)) - 1
+
     def _nodes(self, timeline: Timeline, start: float) -> Sequence[float]:
         if self.steps is None:
             return [start, *(u for u in timeline.log_noise if u > start)]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from perrin.diffusion import GaussianDiffusion
-from perrin.errors import ArgumentError, NonFiniteError, ShapeError
+from perrin.errors import ArgumentError, NonFiniteError
 from perrin.likelihood.covariance import Covariance
 from perrin.likelihood.decoder import Decoder, FittedDecoder, FixedDecoder
+from perrin.likelihood.examples import checked
 from perrin.likelihood.predictions import Histogram, Images, Prediction
 from perrin.parameterization import ModelMeanType
 from perrin.reverse import Model
-from perrin.tensors import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +69,14 @@ def collect(
     The decoder's ``widths`` are fitted to these images unless they are given. Tensors in ``model_kwargs`` hold a
     row for each image.
 
-    Raises `ShapeError` for too few indices; `ArgumentError` for PREVIOUS_X, whose mean in the full chain is not
-    that of any clipped x_0; `NonFiniteError` where the network's output is not finite.
+    Raises `ShapeError` for no images or too few indices; `ArgumentError` for data that are not finite or not on the
+    diffusion's levels, and for PREVIOUS_X, whose mean in the full chain is not that of any clipped x_0;
+    `NonFiniteError` where the network's output is not finite.
     """
-    if len(indices) != len(x_start) or not len(x_start):
-        raise ShapeError(f"indices must name {len(x_start)} images, at least 1, got {len(indices)}")
+    x_start = checked(x_start, diffusion.levels, indices)
     if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X:
         raise ArgumentError("calibration needs a network that predicts epsilon, x_0 or v, got previous-x")
-    images = Images(
-        diffusion, model, at_least_float32(x_start), indices, seed, batch_size, dict(model_kwargs or {})
-    )
+    images = Images(diffusion, model, x_start, indices, seed, batch_size, dict(model_kwargs or {}))
     levels = diffusion.levels
     with torch.no_grad():
         return _passage(images, FittedDecoder(levels) if widths is None else FixedDecoder(levels, widths))

@@ -125,9 +125,10 @@ class RunFolder:
         return self.path / "calibration.json"
 
     def calibrations(self) -> list[Path]:
-        """The calibration, if there is one, and behind it those that were set aside."""
+        """The calibration, if there is one, and behind it those that were set aside, the newest first."""
         present = [self.calibration_path] if self.calibration_path.exists() else []
-        return present + sorted(self.path.glob("calibration-*.json"))
+        aside = sorted(self.path.glob("calibration-*.json"))
+        return present + sorted(aside, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
     def keep_calibration(self, successor: str) -> Path | None:
         """Copy the calibration, which files may need, before another ``successor`` takes its place; None if same."""
