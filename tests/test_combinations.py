@@ -108,7 +108,9 @@ def samples(
     return drawn(sampler, guides.network, **guides.arguments[guide])
 
 
-def close(found: Tensor, expected: Tensor, name: str, mean_type: ModelMeanType, atol: float = 1e-8) -> None:
+def assert_agree(
+    found: Tensor, expected: Tensor, name: str, mean_type: ModelMeanType, atol: float = 1e-8
+) -> None:
     """The middle of a step of dpm-2s is rounded to a whole time for networks that know no other."""
     assert found.isfinite().all()
     rounded = name == "dpm-2s" and mean_type is ModelMeanType.PREVIOUS_X
@@ -125,7 +127,7 @@ def test_a_sample_does_not_depend_on_how_the_network_says_it(
     told = var_type if name == "ddpm" else ModelVarType.FIXED_SMALL
     found = samples(name, mean_type, var_type, guide)
     expected = samples(name, ModelMeanType.EPSILON, told, guide)
-    close(found, expected, name, mean_type)
+    assert_agree(found, expected, name, mean_type)
 
 
 @pytest.mark.parametrize("guide", ["none", "everything"])
@@ -136,7 +138,7 @@ def test_nor_does_it_between_timesteps(name: str, mean_type: ModelMeanType, guid
     times = SAMPLERS[name](chain(mean_type, kind), STEPS, grid="karras").times[:-1]
     found = samples(name, mean_type, kind, guide, "karras")
     expected = samples(name, ModelMeanType.EPSILON, kind, guide, times)
-    close(found, expected, name, mean_type, atol=1e-6)  # networks are told fractional times in float32
+    assert_agree(found, expected, name, mean_type, atol=1e-6)  # networks are told fractional times in float32
 
 
 @pytest.mark.parametrize("grid", ["uniform", "karras"])
@@ -174,7 +176,7 @@ def test_autoguidance_alone_gives_the_guided_data(name: str, mean_type: ModelMea
     diffusion = chain(ModelMeanType.EPSILON, ModelVarType.FIXED_SMALL)
     guided = Oracle(Guided(Y, 2.0), diffusion)
     expected = drawn(SAMPLERS[name](diffusion, STEPS, grid="uniform"), guided)
-    close(samples(name, mean_type, guide="autoguidance"), expected, name, mean_type)
+    assert_agree(samples(name, mean_type, guide="autoguidance"), expected, name, mean_type)
 
 
 @dataclass
@@ -198,7 +200,7 @@ def test_a_threshold_alone_is_that_of_each_prediction(name: str, mean_type: Mode
     told, ideal = (chain(kind, ModelVarType.FIXED_SMALL) for kind in (mean_type, ModelMeanType.EPSILON))
     sampler, other = (SAMPLERS[name](each, STEPS, grid="uniform") for each in (told, ideal))
     found = drawn(sampler, Oracle(data, told), denoised_fn=threshold)
-    close(found, drawn(other, Oracle(Thresholded(data, threshold), ideal)), name, mean_type)
+    assert_agree(found, drawn(other, Oracle(Thresholded(data, threshold), ideal)), name, mean_type)
     assert not torch.allclose(found, drawn(other, Oracle(data, ideal)), atol=1e-3)
 
 
