@@ -1,5 +1,6 @@
 """The measurements between steps: which images, which labels, and the same figures however they are cut."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def test_figures_and_samples_do_not_depend_on_the_batch_size(tmp_path: Path) -> 
 def test_measuring_twice_gives_the_same_and_flips_nothing(tmp_path: Path) -> None:
     once, twice = measure(tmp_path), measure(tmp_path, flip=True)
     assert once == twice
+
+
+def test_a_bound_that_is_not_finite_ends_no_training(tmp_path: Path) -> None:
+    net = network()
+    nn.init.constant_(net.exit.bias, 1e30)
+    found = measure(tmp_path, net)
+    assert math.isnan(found.held_out_bpd)
+    assert math.isnan(found.held_out_bpd_se)
+    assert found.outside_range is not None
 
 
 def test_other_weights_give_other_samples(tmp_path: Path) -> None:

@@ -251,28 +251,23 @@ def run_chain(run: Run, *, steps: int | None = None, calibrated: bool = False) -
     `RunError` where there is no calibration, or where it was made for other weights than the run's.
     """
     if calibrated:
-        return run_calibration(run).chain(run.diffusion, steps)
+        return run_calibration(run)[1].chain(run.diffusion, steps)
     if steps is None or steps == run.diffusion.num_timesteps:
         return run.diffusion
     keep = space_timesteps(run.diffusion.num_timesteps, steps)
     return run.diffusion.respaced(keep, convert_learned=True)
 
 
-def run_calibration(run: Run, path: Path | None = None) -> Calibration:
-    """What `perrin calibrate` found for the run's weights: the newest of its calibrations, or that at ``path``.
+def run_calibration(run: Run, path: Path | None = None) -> tuple[Path, Calibration]:
+    """What `perrin calibrate` found for the run's weights, and where: the newest, or that at ``path``.
 
     Raises `RunError` where there is none, or none for these weights.
     """
-    return Calibration.read(calibration_file(run, path))
-
-
-def calibration_file(run: Run, path: Path | None = None) -> Path:
-    """Where `run_calibration` finds it; raises likewise."""
     others: list[str] = []
     for place in run.folder.calibrations() if path is None else [path]:
         found = Calibration.read(place)
         if (found.weights, found.step) == (run.weights, run.step):
-            return place
+            return place, found
         others.append(f"{place} is for weights {found.weights} of step {found.step}")
     if not others:
         raise RunError(f"{run.folder.path} is not calibrated: `perrin calibrate {run.folder.path}` does it")

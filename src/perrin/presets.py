@@ -114,15 +114,7 @@ last; a small network says which levels it expects, and `LevelPosterior` makes t
 
 DEMO = RunConfig(
     data=DataConfig(path="digits", held_out=0.2),
-    diffusion=DiffusionConfig(
-        schedule="log-snr-linear",
-        num_timesteps=250,
-        log_snr_max=9.0,
-        log_snr_min=-5.0,
-        mean_type="start-x",
-        var_type="learned-range",
-        loss="rescaled-kl",
-    ),
+    diffusion=replace(LIKELIHOOD.diffusion, num_timesteps=250, log_snr_max=9.0, log_snr_min=-5.0),
     network=UNetConfig(
         channels=24,
         channel_mult=(1, 1),
@@ -131,24 +123,21 @@ DEMO = RunConfig(
         num_heads=1,
         level_basis=16,
     ),
-    training=TrainingConfig(
-        steps=None,
+    training=replace(
+        LIKELIHOOD.training,
         minutes=0.95,
         batch_size=48,
         lr=5e-3,
-        warmup_steps=50,
-        decay="cosine",
-        ema=(0.998,),
-        t_sampler="stratified-importance",
+        precision="fp32",
         log_every=25,
         evaluate_every=400,
     ),
 )
 """What ``perrin demo`` trains in less than a minute.
 
-A chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves no doubt of the level; a
-network that says which levels it expects, so small that it sees each digit some fifty times; and the bound itself as
-the loss."""
+`LIKELIHOOD`, smaller: a chain whose first sigma, a sixth of half the distance of two of the 17 levels, leaves
+no doubt of the level; a network that says which levels it expects, so small that it sees each digit some
+fifty times; and the bound itself as the loss."""
 
 
 PRESETS = {"likelihood": LIKELIHOOD}

@@ -126,7 +126,7 @@ def calibrated_chain(run: Run, header: Header) -> GaussianDiffusion:
 
     for path in run.folder.calibrations():
         try:
-            chain = run_calibration(run, path).chain(run.diffusion, header.steps)
+            chain = run_calibration(run, path)[1].chain(run.diffusion, header.steps)
         except PerrinError:  # damaged, or for other weights
             continue
         if fits(header, chain, run.network):

@@ -388,9 +388,9 @@ def _check_knows_no_class(run: Run, scale: float) -> None:
 
 def calibration_of(run: Run) -> str:
     """A short hash of the calibration of the run's weights, which changes the samples when it is made anew."""
-    from perrin.build import calibration_file
+    from perrin.build import run_calibration
 
-    return _short_hash(calibration_file(run).read_bytes())
+    return _short_hash(run_calibration(run)[0].read_bytes())
 
 
 def _short_hash(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from perrin.data import spread, to_levels, write_grid
 from perrin.diffusion import GaussianDiffusion
+from perrin.errors import NonFiniteError
 from perrin.likelihood import PILOT_IMAGES, bound, mean_and_error, term_probabilities
 from perrin.reverse import Model
 from perrin.samplers import SampleNoise, SamplerDDIM
@@ -65,12 +67,18 @@ class RangeCounter:
 def evaluate(
     network: nn.Module, diffusion: GaussianDiffusion, batches: Batches, grid_path: Path
 ) -> Evaluation:
-    """Measure ``network``, which is in eval mode, on the held-out part and draw its samples to ``grid_path``."""
+    """Measure ``network``, which is in eval mode, on the held-out part and draw its samples to ``grid_path``.
+
+    A bound that is not finite does not end the training that asks: its figures are NaN.
+    """
     counted = RangeCounter(network)
-    totals = held_out_bpd(counted, diffusion, batches)
+    try:
+        figures = mean_and_error(held_out_bpd(counted, diffusion, batches))
+    except NonFiniteError:
+        figures = math.nan, math.nan
     ranged = batches.config.diffusion.var_type == "learned-range"
     grid = draw_grid(network, diffusion, batches, grid_path) if _drawable(batches) else None
-    return Evaluation(*mean_and_error(totals), counted.share() if ranged else None, grid)
+    return Evaluation(*figures, counted.share() if ranged else None, grid)
 
 
 def held_out_bpd(network: RangeCounter, diffusion: GaussianDiffusion, batches: Batches) -> Tensor:
